@@ -1,0 +1,113 @@
+"""The command line: one verb a rule. A verb is a typed function, and its signature is its arguments."""
+
+import argparse
+import importlib
+import inspect
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from castbench.errors import InputError
+
+# verb: module:function, in the order of the data flow. Modules are imported when their verb runs.
+VERBS = {
+    "collect_materials": "castbench.materials.sources",
+    "filter_materials": "castbench.materials.filters",
+    "split_materials": "castbench.materials.splits",
+    "describe_shard": "castbench.text.descriptions",
+    "gather_descriptions": "castbench.text.descriptions",
+    "build_graphs": "castbench.graphs.build",
+    "prefetch_encoder": "castbench.text.encoders",
+    "tokenize_text": "castbench.text.tokens",
+    "embed_text": "castbench.text.states",
+    "pretrain_model": "castbench.training.pretrain",
+    "train_model": "castbench.training.train",
+    "extract_attention": "castbench.evaluation.attention",
+    "aggregate_runs": "castbench.evaluation.aggregate",
+    "plot_dataset": "castbench.report.figures",
+    "plot_results": "castbench.report.figures",
+    "plot_attention": "castbench.report.figures",
+    "render_report": "castbench.report.html",
+}
+log = logging.getLogger("castbench")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object given on the command line, or in a file when it starts with @."""
+    content = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object")
+    return content
+
+
+def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]) -> None:
+    """Turn the keyword parameters of `function` into options: `Path`, `str`, `int`, `float`, lists of these, `dict`."""
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, many = hints[name], False
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if typing.get_origin(kind) is list:
+            kind, many = typing.get_args(kind)[0], True
+        if typing.get_origin(kind) is dict:
+            kind = dict
+        required = parameter.default is inspect.Parameter.empty
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=json_object if kind is dict else kind,
+            nargs="*" if many else None,
+            required=required,
+            default=None if required else parameter.default,
+        )
+
+
+def configure_logging(file: Path | None) -> None:
+    """Everything to `file` if given, then only warnings to standard error; else everything to standard error."""
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [terminal]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = logging.FileHandler(file, mode="w", encoding="utf-8")
+        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(written)
+        terminal.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.captureWarnings(True)
+    for noisy in ("py.warnings", "httpx", "httpcore", "fontTools", "matplotlib", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb. Returns 0, or 2 when the input is bad: then one line on standard error says why."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="castbench", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    chosen = next((word for word in arguments if word in VERBS), None)
+    function: Callable[..., None] | None = None
+    for verb in VERBS:
+        child = verbs.add_parser(verb)
+        if verb == chosen:
+            function = getattr(importlib.import_module(VERBS[verb]), verb)
+            child.description = inspect.getdoc(function)
+            child.add_argument("--log", type=Path, default=None, help="write the log here")
+            add_arguments(child, function)
+    given = vars(parser.parse_args(arguments))
+    configure_logging(given.pop("log"))
+    given.pop("verb")
+    assert function is not None
+    try:
+        function(**given)
+    except InputError as error:
+        log.error("%s: %s", chosen, error)
+        return 2
+    except Exception:
+        log.exception("%s failed", chosen)
+        return 1
+    return 0

@@ -1,0 +1,60 @@
+"""Names, labels, units and colours of targets and models: the only place that has them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Target:
+    """A property to predict: `transform` of the materials column `column`, in `unit`."""
+
+    name: str
+    label: str
+    unit: str
+    symbol: str
+    column: str
+    transform: Literal["identity", "log10"] = "identity"
+
+    @property
+    def axis(self) -> str:
+        """Label with unit, for axes and headers."""
+        return f"{self.label} ({self.unit})"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published method, as tables and figures show it."""
+
+    name: str
+    label: str
+    colour: str
+    inputs: str
+    source: str
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("total_energy", "Total energy", "eV/atom", "E", "energy_per_atom"),
+        Target("formation_energy", "Formation energy", "eV/atom", "E_f", "formation_energy_per_atom"),
+        Target("band_gap", "Band gap", "eV", "E_g", "band_gap"),
+        Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "log G", "g_vrh", "log10"),
+        Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "log K", "k_vrh", "log10"),
+    )
+}
+TARGET_ORDER = tuple(TARGETS)
+
+# Okabe and Ito's colour-blind safe palette; the order is that of Table 1 of the CAST paper.
+MODELS = {
+    model.name: model
+    for model in (
+        Model("structure_only", "coGN", "#0072B2", "graph", "Ruff et al. 2024"),
+        Model("text_only", "Text encoder (LoRA)", "#E69F00", "text", "Gupta et al. 2022"),
+        Model("crysmmnet_frozen", "CrysMMNet (frozen)", "#56B4E9", "graph + text", "Das et al. 2023"),
+        Model("crysmmnet_lora", "CrysMMNet (LoRA)", "#009E73", "graph + text", "Das et al. 2023"),
+        Model("multimat", "MultiMat", "#999999", "graph + text", "Moro et al. 2024"),
+        Model("cast_scratch", "CAST (no pretraining)", "#CC79A7", "graph + text", "Lee et al. 2025"),
+        Model("cast", "CAST", "#D55E00", "graph + text", "Lee et al. 2025"),
+    )
+}
+MODEL_ORDER = tuple(MODELS)
