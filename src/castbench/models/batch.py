@@ -1,0 +1,62 @@
+"""Packed tensors of a mini-batch and the way between packed rows and padded blocks.
+
+Shapes: B crystals, N nodes, E edges and T tokens over the whole batch, d the width of a token state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a model may read; a part is None when the model does not declare that it needs it."""
+
+    n: int  # crystals B
+    atomic_numbers: Tensor | None = None  # (N,) int64
+    multiplicities: Tensor | None = None  # (N,) atoms of the cell that a node stands for
+    node_offsets: Tensor | None = None  # (B + 1,) int64
+    edge_source: Tensor | None = None  # (E,) int64, node index within the batch
+    edge_target: Tensor | None = None  # (E,) int64, node index within the batch
+    distances: Tensor | None = None  # (E,) angstrom
+    edge_multiplicities: Tensor | None = None  # (E,) parallel edges that an edge stands for
+    token_ids: Tensor | None = None  # (T,) int64
+    token_states: Tensor | None = None  # (T, d) hidden states of the text encoder
+    token_offsets: Tensor | None = None  # (B + 1,) int64
+    targets: Tensor | None = None  # (B,) standardised
+    masked_nodes: Tensor | None = None  # (N,) bool, nodes whose input is hidden
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values})
+
+
+def segments(offsets: Tensor) -> Tensor:
+    """Index (rows,) of the crystal that each packed row belongs to, from offsets (B + 1,)."""
+    return torch.repeat_interleave(offsets.diff())
+
+
+def _places(offsets: Tensor, width: int) -> Tensor:
+    """Flat positions (rows,) of the packed rows in a block of (B, width)."""
+    owner = segments(offsets)
+    first = owner * width - offsets[owner]
+    return first + torch.arange(len(owner), device=offsets.device)
+
+
+def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows (R, ...) to a zero-padded block (B, L, ...) and its mask (B, L), True at real rows."""
+    lengths = offsets.diff()
+    width = int(lengths.max())
+    mask = torch.arange(width, device=offsets.device) < lengths[:, None]
+    block = packed.new_zeros(len(lengths) * width, *packed.shape[1:])
+    block = block.index_copy(0, _places(offsets, width), packed)
+    return block.view(len(lengths), width, *packed.shape[1:]), mask
+
+
+def unpad(block: Tensor, offsets: Tensor) -> Tensor:
+    """The real rows (R, ...) of a block (B, L, ...): the inverse of `pad`."""
+    return block.flatten(0, 1).index_select(0, _places(offsets, block.shape[1]))
