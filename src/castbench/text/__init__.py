@@ -1,0 +1,57 @@
+"""Descriptions, tokens and language-model states. Encoder names stand here, importable without torch."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from castbench.errors import InputError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A Hugging Face encoder: Hub id (or folder), revision, and SHA-256 of its model.safetensors where known."""
+
+    id: str
+    revision: str
+    sha256: str | None = None
+
+
+ENCODERS = {
+    "minilm": Encoder(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    # The first revision that carries model.safetensors beside the pickle.
+    "matscibert": Encoder(
+        "m3rg-iitd/matscibert",
+        "ced9d8f5f208712c4a90f98a246fe32155b29995",
+        "77d9d94ef2a9091fa1c53999e73d477556ad8898a6ae60b3b2ad435e79a1cc74",
+    ),
+}
+
+
+def parse_encoder(encoder: str) -> Encoder:
+    """Resolve `minilm`, `matscibert` or `<Hub id or folder>@revision`.
+
+    Raises:
+        InputError: neither a known name nor a folder, and no revision is pinned.
+    """
+    if encoder in ENCODERS:
+        return ENCODERS[encoder]
+    name, at, revision = encoder.rpartition("@")
+    if at and name and revision:
+        return Encoder(name, revision)
+    if Path(encoder).is_dir():
+        return Encoder(encoder, "local")
+    known = " | ".join(ENCODERS)
+    raise InputError(f"text_encoder {encoder}: no such encoder; use {known} | <Hub id or folder>@revision")
+
+
+def slug(encoder: str) -> str:
+    """Folder name of an encoder below results/encoders/: its name, or a readable tail and a hash of the whole."""
+    if encoder in ENCODERS:
+        return encoder
+    tail = re.sub(r"[^A-Za-z0-9.]+", "-", encoder.partition("@")[0].rstrip("/").rpartition("/")[2])
+    return f"{tail}-{hashlib.sha256(encoder.encode()).hexdigest()[:8]}"
