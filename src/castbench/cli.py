@@ -46,7 +46,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """Turn the keyword parameters of `function` into options: `Path`, `str`, `int`, `float`, lists of these, `dict`."""
+    """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`."""
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         kind, many = hints[name], False
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
 
 
 def configure_logging(file: Path | None) -> None:
-    """Everything to `file` if given, then only warnings to standard error; else everything to standard error."""
+    """Log to `file`, and only warnings to standard error; without a file, everything to standard error."""
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [terminal]

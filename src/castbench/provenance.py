@@ -1,4 +1,4 @@
-"""Where a file came from: hashes, versions, hardware, and writing files so that a killed job leaves none half done."""
+"""Where a file came from: hashes, versions, hardware. And writing files that are whole or not there."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core", "robocrys",
-    "spglib", "numpy", "scipy", "pandas", "pyarrow", "snakemake",
+    "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
+    "robocrys", "spglib", "numpy", "scipy", "pandas", "pyarrow", "snakemake",
 )  # fmt: skip
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the name `path`, synced, only if the block succeeds."""
+    """Yield a path to write to; synced, it takes the name `path` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -81,7 +81,8 @@ def hardware() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     torch = sys.modules.get("torch")

@@ -1,0 +1,123 @@
+"""What the configuration means for the workflow: which inputs, sections and caches each model needs."""
+
+from pathlib import Path
+from typing import Any
+
+from castbench.errors import InputError
+from castbench.text.encoders import slug
+
+Config = dict[str, Any]
+
+# model: (reads the graph, how it reads text, architecture sections, pretraining objective).
+# Text is "none", "frozen", "lora", or "choice": the key `text` of the cross_attention section.
+_MODELS: dict[str, tuple[bool, str, tuple[str, ...], str | None]] = {
+    "structure_only": (True, "none", ("cogn",), None),
+    "text_only": (False, "lora", ("lora",), None),
+    "crysmmnet_frozen": (True, "frozen", ("cogn", "concat"), None),
+    "crysmmnet_lora": (True, "lora", ("cogn", "concat", "lora"), None),
+    "multimat": (True, "none", ("cogn",), "contrastive"),
+    "cast_scratch": (True, "choice", ("cogn", "cross_attention"), None),
+    "cast": (True, "choice", ("cogn", "cross_attention"), "masked_node"),
+}
+# objective: (architecture sections, how it reads text)
+_OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
+    "masked_node": (("cogn", "cross_attention"), "choice"),
+    "contrastive": (("cogn", "contrastive"), "frozen"),
+}
+
+
+def _text(choice: str, config: Config) -> str:
+    return config["architecture"]["cross_attention"]["text"] if choice == "choice" else choice
+
+
+def check(config: Config) -> None:
+    """Check what the schema cannot express.
+
+    Raises:
+        InputError: keys that contradict one another.
+    """
+    target, targets = config["attention"]["target"], config["targets"]
+    if target not in targets:
+        raise InputError(
+            f"attention.target: {target} is not among targets; choose one of {', '.join(targets)}"
+        )
+    architecture = config["architecture"]
+    width, fusion = architecture["cogn"]["width"], architecture["cross_attention"]
+    for section in ("cross_attention", "contrastive"):
+        if architecture[section]["width"] != width:
+            raise InputError(
+                f"architecture.{section}.width: {architecture[section]['width']} differs from "
+                f"cogn.width {width}; make them equal"
+            )
+    if fusion["width"] % fusion["heads"]:
+        raise InputError(
+            f"architecture.cross_attention.heads: {fusion['heads']} does not divide "
+            f"the width {fusion['width']}; choose a divisor"
+        )
+    fractions = config["materials"]["split"]["fractions"]
+    if abs(sum(fractions) - 1) > 1e-9:
+        raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
+
+
+def reads_graph(model: str) -> bool:
+    """Whether the model reads crystal graphs."""
+    return _MODELS[model][0]
+
+
+def text_mode(name: str, config: Config) -> str:
+    """How a model or a pretraining objective reads text: none, frozen or lora."""
+    return _text(_OBJECTIVES[name][1] if name in _OBJECTIVES else _MODELS[name][1], config)
+
+
+def objective(model: str) -> str | None:
+    """The pretraining that the model starts from, if any."""
+    return _MODELS[model][3]
+
+
+def remaining_layers(name: str, config: Config) -> int | None:
+    """Encoder layers that the model runs above the cached states; None: all, from token ids."""
+    mode = text_mode(name, config)
+    if mode != "lora":
+        return 0
+    layers = config["architecture"]["lora"]["layers"]
+    return None if layers == "all" else int(layers)
+
+
+def architecture(name: str, config: Config) -> Config:
+    """The architecture sections that a model or an objective uses, and nothing else."""
+    sections = list(_OBJECTIVES[name][0] if name in _OBJECTIVES else _MODELS[name][2])
+    if text_mode(name, config) == "lora" and "lora" not in sections:
+        sections.append("lora")
+    return {section: config["architecture"][section] for section in sections}
+
+
+def training_settings(model: str, config: Config) -> Config:
+    """The part of the configuration that a run of `model` depends on."""
+    return {
+        "dataset": config["dataset"],
+        "model": model,
+        "text": text_mode(model, config),
+        "architecture": architecture(model, config),
+        "training": {key: value for key, value in config["training"].items() if key != "seeds"},
+    }
+
+
+def pretraining_settings(name: str, config: Config) -> Config:
+    """The part of the configuration that the pretraining `name` depends on."""
+    return {
+        "dataset": config["dataset"],
+        "objective": name,
+        "text": text_mode(name, config),
+        "architecture": architecture(name, config),
+        "training": {
+            key: value
+            for key, value in config["training"].items()
+            if key not in ("seeds", "epochs", "batch_size")
+        },
+        "pretraining": config["pretraining"][name],
+    }
+
+
+def encoder_folder(config: Config) -> Path:
+    """Where the text encoder's files are kept, shared by all data sets."""
+    return Path("results/encoders") / slug(config["text_encoder"])

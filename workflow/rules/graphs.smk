@@ -1,0 +1,24 @@
+"""Crystal graphs.
+
+Input: materials.parquet.
+Output: graphs/, packed arrays and their manifest.
+"""
+
+
+rule build_graphs:
+    """Build asymmetric-unit graphs."""
+    input:
+        materials=ancient("results/{dataset}/materials.parquet"),
+        funnel="results/{dataset}/funnel.json",
+    output:
+        "results/{dataset}/graphs/manifest.json",
+    params:
+        settings=settings("graphs.neighbours", "graphs.symprec"),
+    threads: workflow.cores
+    log:
+        "results/{dataset}/logs/build_graphs.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench build_graphs --settings {params.settings:q} --materials {input.materials}"
+        " --threads {threads} --output results/{wildcards.dataset}/graphs --log {log}"

@@ -1,0 +1,68 @@
+"""Crystals and their labels.
+
+Input: the source named in the configuration (materials.source, materials.path).
+Output: materials.parquet, funnel.json, splits/{target}.json.
+"""
+
+
+localrules:
+    collect_materials,
+    filter_materials,
+    split_materials,
+
+
+rule collect_materials:
+    """Read and validate the crystals of the source."""
+    input:
+        config["materials"]["path"],
+    output:
+        materials="results/{dataset}/materials/collected.parquet",
+        manifest="results/{dataset}/materials/manifest.json",
+    params:
+        settings=settings("materials.source", "materials.path", "materials.columns"),
+    log:
+        "results/{dataset}/logs/collect_materials.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench collect_materials --settings {params.settings:q} --output {output.materials}"
+        " --manifest {output.manifest} --log {log}"
+
+
+rule filter_materials:
+    """Apply the paper's filters and count what each removes."""
+    input:
+        materials=ancient("results/{dataset}/materials/collected.parquet"),
+        manifest="results/{dataset}/materials/manifest.json",
+    output:
+        materials="results/{dataset}/materials.parquet",
+        funnel="results/{dataset}/funnel.json",
+    params:
+        settings=settings("materials.filters", "materials.sample", "materials.split.seed", "targets"),
+    log:
+        "results/{dataset}/logs/filter_materials.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench filter_materials --settings {params.settings:q} --materials {input.materials}"
+        " --manifest {input.manifest} --output {output.materials} --funnel {output.funnel} --log {log}"
+
+
+rule split_materials:
+    """Assign crystals to train, validation and test."""
+    input:
+        materials=ancient("results/{dataset}/materials.parquet"),
+        funnel="results/{dataset}/funnel.json",
+    output:
+        expand("results/{{dataset}}/splits/{target}.json", target=config["targets"]),
+    params:
+        settings=settings(
+            "targets", "materials.split.seed", "materials.split.fractions", "materials.split.group_by"
+        ),
+    log:
+        "results/{dataset}/logs/split_materials.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench split_materials --settings {params.settings:q} --materials {input.materials}"
+        " --output results/{wildcards.dataset}/splits --log {log}"

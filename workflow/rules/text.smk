@@ -1,0 +1,101 @@
+"""Descriptions, tokens and the states of the frozen text encoder.
+
+Input: materials.parquet; the text encoder, by id or folder.
+Output: descriptions.parquet, tokens/, text_states/{remaining}/, results/encoders/{encoder}/.
+"""
+
+
+localrules:
+    gather_descriptions,
+    prefetch_encoder,
+
+
+rule describe_shard:
+    """Describe every n-th crystal with robocrystallographer."""
+    input:
+        materials=ancient("results/{dataset}/materials.parquet"),
+        funnel="results/{dataset}/funnel.json",
+    output:
+        "results/{dataset}/descriptions/{shard}.parquet",
+    params:
+        settings=settings("text.source", "text.time_limit", "text.shards"),
+    log:
+        "results/{dataset}/logs/describe_shard/{shard}.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench describe_shard --settings {params.settings:q} --materials {input.materials}"
+        " --shard {wildcards.shard} --output {output} --log {log}"
+
+
+rule gather_descriptions:
+    """Put the descriptions into one file and count what failed."""
+    input:
+        shards=expand("results/{{dataset}}/descriptions/{shard}.parquet", shard=SHARDS),
+    output:
+        descriptions="results/{dataset}/descriptions.parquet",
+        statistics="results/{dataset}/descriptions.json",
+    log:
+        "results/{dataset}/logs/gather_descriptions.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench gather_descriptions --shards {input.shards} --output {output.descriptions}"
+        " --statistics {output.statistics} --log {log}"
+
+
+rule prefetch_encoder:
+    """Fetch the text encoder at its pinned revision: the one rule that needs a network."""
+    output:
+        f"{ENCODER}/manifest.json",
+    params:
+        encoder=config["text_encoder"],
+        folder=ENCODER,
+    log:
+        f"{ENCODER}.log",
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "python -m castbench prefetch_encoder --encoder {params.encoder:q} --output {params.folder:q} --log {log:q}"
+
+
+rule tokenize_text:
+    """Cut descriptions into the encoder's tokens."""
+    input:
+        descriptions=ancient("results/{dataset}/descriptions.parquet"),
+        statistics="results/{dataset}/descriptions.json",
+        encoder=f"{ENCODER}/manifest.json",
+    output:
+        "results/{dataset}/tokens/manifest.json",
+    params:
+        settings=settings("max_tokens", "text_encoder"),
+        encoder=ENCODER,
+    log:
+        "results/{dataset}/logs/tokenize_text.log",
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "python -m castbench tokenize_text --settings {params.settings:q} --descriptions {input.descriptions}"
+        " --encoder {params.encoder:q} --output results/{wildcards.dataset}/tokens --log {log}"
+
+
+rule embed_text:
+    """Run the frozen layers of the text encoder once; `remaining` layers are left to the models."""
+    input:
+        tokens="results/{dataset}/tokens/manifest.json",
+        encoder=f"{ENCODER}/manifest.json",
+    output:
+        "results/{dataset}/text_states/{remaining}/manifest.json",
+    params:
+        encoder=ENCODER,
+        device=config["training"]["device"],
+    resources:
+        gpu=GPUS,
+    log:
+        "results/{dataset}/logs/embed_text/{remaining}.log",
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "python -m castbench embed_text --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q}"
+        " --remaining {wildcards.remaining} --device {params.device}"
+        " --output results/{wildcards.dataset}/text_states/{wildcards.remaining} --log {log}"
