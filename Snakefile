@@ -29,7 +29,11 @@ rule all:
 # One target a stage, to stop half-way: snakemake --cores 8 graphs
 rule materials:
     input:
-        expand("results/{dataset}/splits/{target}.json", dataset=config["dataset"], target=config["targets"]),
+        expand(
+            "results/{dataset}/splits/{target}.json",
+            dataset=config["dataset"],
+            target=config["targets"],
+        ),
 
 
 rule text:

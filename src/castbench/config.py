@@ -10,7 +10,7 @@ Config = dict[str, Any]
 
 # model: (reads the graph, how it reads text, architecture sections, pretraining objective).
 # Text is "none", "frozen", "lora", or "choice": the key `text` of the cross_attention section.
-_MODELS: dict[str, tuple[bool, str, tuple[str, ...], str | None]] = {
+MODELS: dict[str, tuple[bool, str, tuple[str, ...], str | None]] = {
     "structure_only": (True, "none", ("cogn",), None),
     "text_only": (False, "lora", ("lora",), None),
     "crysmmnet_frozen": (True, "frozen", ("cogn", "concat"), None),
@@ -20,7 +20,7 @@ _MODELS: dict[str, tuple[bool, str, tuple[str, ...], str | None]] = {
     "cast": (True, "choice", ("cogn", "cross_attention"), "masked_node"),
 }
 # objective: (architecture sections, how it reads text)
-_OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
+OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
     "masked_node": (("cogn", "cross_attention"), "choice"),
     "contrastive": (("cogn", "contrastive"), "frozen"),
 }
@@ -61,17 +61,17 @@ def check(config: Config) -> None:
 
 def reads_graph(model: str) -> bool:
     """Whether the model reads crystal graphs."""
-    return _MODELS[model][0]
+    return MODELS[model][0]
 
 
 def text_mode(name: str, config: Config) -> str:
     """How a model or a pretraining objective reads text: none, frozen or lora."""
-    return _text(_OBJECTIVES[name][1] if name in _OBJECTIVES else _MODELS[name][1], config)
+    return _text(OBJECTIVES[name][1] if name in OBJECTIVES else MODELS[name][1], config)
 
 
 def objective(model: str) -> str | None:
     """The pretraining that the model starts from, if any."""
-    return _MODELS[model][3]
+    return MODELS[model][3]
 
 
 def remaining_layers(name: str, config: Config) -> int | None:
@@ -85,7 +85,7 @@ def remaining_layers(name: str, config: Config) -> int | None:
 
 def architecture(name: str, config: Config) -> Config:
     """The architecture sections that a model or an objective uses, and nothing else."""
-    sections = list(_OBJECTIVES[name][0] if name in _OBJECTIVES else _MODELS[name][2])
+    sections = list(OBJECTIVES[name][0] if name in OBJECTIVES else MODELS[name][2])
     if text_mode(name, config) == "lora" and "lora" not in sections:
         sections.append("lora")
     return {section: config["architecture"][section] for section in sections}

@@ -10,7 +10,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 validate(config, "../schemas/config.schema.yaml")
-sys.path.insert(0, str(workflow.current_basedir.join("../../src").get_path_or_uri(secret_free=True)))
+sys.path.insert(
+    0, str(workflow.current_basedir.join("../../src").get_path_or_uri(secret_free=True))
+)
 
 from castbench import config as meaning
 from castbench.errors import InputError
@@ -65,10 +67,15 @@ def text_inputs(name, wildcards):
     """Caches of the text that a model or an objective reads."""
     if meaning.text_mode(name, config) == "none":
         return {}
-    inputs = {"encoder": f"{ENCODER}/manifest.json", "tokens": f"results/{wildcards.dataset}/tokens/manifest.json"}
+    inputs = {
+        "encoder": f"{ENCODER}/manifest.json",
+        "tokens": f"results/{wildcards.dataset}/tokens/manifest.json",
+    }
     remaining = meaning.remaining_layers(name, config)
     if remaining is not None:
-        inputs["states"] = f"results/{wildcards.dataset}/text_states/{remaining}/manifest.json"
+        inputs["states"] = (
+            f"results/{wildcards.dataset}/text_states/{remaining}/manifest.json"
+        )
     return inputs
 
 
@@ -101,7 +108,9 @@ def states_option(name, wildcards):
 
 def pretrained_option(wildcards):
     """`--pretrained FOLDER ...`, one a seed, for a model that starts from pretrained weights."""
-    folders = [path.rsplit("/", 1)[0] for path in model_inputs(wildcards).get("pretrained", [])]
+    folders = [
+        path.rsplit("/", 1)[0] for path in model_inputs(wildcards).get("pretrained", [])
+    ]
     return " ".join(["--pretrained", *folders])
 
 

@@ -18,17 +18,17 @@ rule extract_attention:
     output:
         maps="results/{dataset}/attention/maps.json",
         similarity="results/{dataset}/attention/similarity.parquet",
+    log:
+        "results/{dataset}/logs/extract_attention.log",
+    conda:
+        "../../envs/train.yaml"
+    resources:
+        gpu=GPUS,
     params:
         settings=settings("attention.target", "attention.material"),
         states=lambda wildcards: states_option("cast", wildcards),
         seed=config["training"]["seeds"][0],
         encoder=ENCODER,
-    resources:
-        gpu=GPUS,
-    log:
-        "results/{dataset}/logs/extract_attention.log",
-    conda:
-        "../../envs/train.yaml"
     shell:
         "python -m castbench extract_attention --settings {params.settings:q} --runs results/{wildcards.dataset}/runs"
         " --seed {params.seed} --materials {input.materials} --split {input.split}"
@@ -61,12 +61,19 @@ rule aggregate_runs:
         multiext("results/{dataset}/tables/table1", ".md", ".tex"),
         multiext("results/{dataset}/tables/runs", ".csv", ".jsonl"),
         "results/{dataset}/tables/pretraining.csv",
-    params:
-        settings=settings("dataset", "materials.source", "targets", "models", "training.seeds", "text_encoder"),
     log:
         "results/{dataset}/logs/aggregate_runs.log",
     conda:
         "../../envs/report.yaml"
+    params:
+        settings=settings(
+            "dataset",
+            "materials.source",
+            "targets",
+            "models",
+            "training.seeds",
+            "text_encoder",
+        ),
     shell:
         "python -m castbench aggregate_runs --settings {params.settings:q} --results results/{wildcards.dataset}"
         " --output results/{wildcards.dataset}/tables --log {log}"

@@ -12,13 +12,13 @@ rule build_graphs:
         funnel="results/{dataset}/funnel.json",
     output:
         "results/{dataset}/graphs/manifest.json",
-    params:
-        settings=settings("graphs.neighbours", "graphs.symprec"),
-    threads: workflow.cores
     log:
         "results/{dataset}/logs/build_graphs.log",
     conda:
         "../../envs/data.yaml"
+    threads: workflow.cores
+    params:
+        settings=settings("graphs.neighbours", "graphs.symprec"),
     shell:
         "python -m castbench build_graphs --settings {params.settings:q} --materials {input.materials}"
         " --threads {threads} --output results/{wildcards.dataset}/graphs --log {log}"

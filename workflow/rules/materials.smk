@@ -18,12 +18,12 @@ rule collect_materials:
     output:
         materials="results/{dataset}/materials/collected.parquet",
         manifest="results/{dataset}/materials/manifest.json",
-    params:
-        settings=settings("materials.source", "materials.path", "materials.columns"),
     log:
         "results/{dataset}/logs/collect_materials.log",
     conda:
         "../../envs/data.yaml"
+    params:
+        settings=settings("materials.source", "materials.path", "materials.columns"),
     shell:
         "python -m castbench collect_materials --settings {params.settings:q} --output {output.materials}"
         " --manifest {output.manifest} --log {log}"
@@ -37,12 +37,14 @@ rule filter_materials:
     output:
         materials="results/{dataset}/materials.parquet",
         funnel="results/{dataset}/funnel.json",
-    params:
-        settings=settings("materials.filters", "materials.sample", "materials.split.seed", "targets"),
     log:
         "results/{dataset}/logs/filter_materials.log",
     conda:
         "../../envs/data.yaml"
+    params:
+        settings=settings(
+            "materials.filters", "materials.sample", "materials.split.seed", "targets"
+        ),
     shell:
         "python -m castbench filter_materials --settings {params.settings:q} --materials {input.materials}"
         " --manifest {input.manifest} --output {output.materials} --funnel {output.funnel} --log {log}"
@@ -55,14 +57,17 @@ rule split_materials:
         funnel="results/{dataset}/funnel.json",
     output:
         expand("results/{{dataset}}/splits/{target}.json", target=config["targets"]),
-    params:
-        settings=settings(
-            "targets", "materials.split.seed", "materials.split.fractions", "materials.split.group_by"
-        ),
     log:
         "results/{dataset}/logs/split_materials.log",
     conda:
         "../../envs/data.yaml"
+    params:
+        settings=settings(
+            "targets",
+            "materials.split.seed",
+            "materials.split.fractions",
+            "materials.split.group_by",
+        ),
     shell:
         "python -m castbench split_materials --settings {params.settings:q} --materials {input.materials}"
         " --output results/{wildcards.dataset}/splits --log {log}"

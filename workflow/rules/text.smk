@@ -17,12 +17,12 @@ rule describe_shard:
         funnel="results/{dataset}/funnel.json",
     output:
         "results/{dataset}/descriptions/{shard}.parquet",
-    params:
-        settings=settings("text.source", "text.time_limit", "text.shards"),
     log:
         "results/{dataset}/logs/describe_shard/{shard}.log",
     conda:
         "../../envs/data.yaml"
+    params:
+        settings=settings("text.source", "text.time_limit", "text.shards"),
     shell:
         "python -m castbench describe_shard --settings {params.settings:q} --materials {input.materials}"
         " --shard {wildcards.shard} --output {output} --log {log}"
@@ -48,13 +48,13 @@ rule prefetch_encoder:
     """Fetch the text encoder at its pinned revision: the one rule that needs a network."""
     output:
         f"{ENCODER}/manifest.json",
-    params:
-        encoder=config["text_encoder"],
-        folder=ENCODER,
     log:
         f"{ENCODER}.log",
     conda:
         "../../envs/train.yaml"
+    params:
+        encoder=config["text_encoder"],
+        folder=ENCODER,
     shell:
         "python -m castbench prefetch_encoder --encoder {params.encoder:q} --output {params.folder:q} --log {log:q}"
 
@@ -67,13 +67,13 @@ rule tokenize_text:
         encoder=f"{ENCODER}/manifest.json",
     output:
         "results/{dataset}/tokens/manifest.json",
-    params:
-        settings=settings("max_tokens", "text_encoder"),
-        encoder=ENCODER,
     log:
         "results/{dataset}/logs/tokenize_text.log",
     conda:
         "../../envs/train.yaml"
+    params:
+        settings=settings("max_tokens", "text_encoder"),
+        encoder=ENCODER,
     shell:
         "python -m castbench tokenize_text --settings {params.settings:q} --descriptions {input.descriptions}"
         " --encoder {params.encoder:q} --output results/{wildcards.dataset}/tokens --log {log}"
@@ -86,15 +86,15 @@ rule embed_text:
         encoder=f"{ENCODER}/manifest.json",
     output:
         "results/{dataset}/text_states/{remaining}/manifest.json",
-    params:
-        encoder=ENCODER,
-        device=config["training"]["device"],
-    resources:
-        gpu=GPUS,
     log:
         "results/{dataset}/logs/embed_text/{remaining}.log",
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=GPUS,
+    params:
+        encoder=ENCODER,
+        device=config["training"]["device"],
     shell:
         "python -m castbench embed_text --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q}"
         " --remaining {wildcards.remaining} --device {params.device}"

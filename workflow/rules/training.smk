@@ -11,21 +11,28 @@ rule pretrain_model:
     input:
         unpack(objective_inputs),
         graphs="results/{dataset}/graphs/manifest.json",
-        splits=expand("results/{{dataset}}/splits/{target}.json", target=config["targets"]),
+        splits=expand(
+            "results/{{dataset}}/splits/{target}.json", target=config["targets"]
+        ),
     output:
-        expand("results/{{dataset}}/pretrain/{{objective}}/{{seed}}/{file}", file=PRETRAINING_FILES),
-    params:
-        settings=lambda wildcards: json.dumps(meaning.pretraining_settings(wildcards.objective, config)),
-        states=lambda wildcards: states_option(wildcards.objective, wildcards),
-        encoder=ENCODER,
+        expand(
+            "results/{{dataset}}/pretrain/{{objective}}/{{seed}}/{file}",
+            file=PRETRAINING_FILES,
+        ),
+    log:
+        "results/{dataset}/logs/pretrain_model/{objective}.{seed}.log",
+    retries: 1
+    conda:
+        "../../envs/train.yaml"
     threads: config["training"]["threads"]
     resources:
         gpu=GPUS,
-    retries: 1
-    log:
-        "results/{dataset}/logs/pretrain_model/{objective}.{seed}.log",
-    conda:
-        "../../envs/train.yaml"
+    params:
+        settings=lambda wildcards: json.dumps(
+            meaning.pretraining_settings(wildcards.objective, config)
+        ),
+        states=lambda wildcards: states_option(wildcards.objective, wildcards),
+        encoder=ENCODER,
     shell:
         "python -m castbench pretrain_model --settings {params.settings:q} --objective {wildcards.objective}"
         " --seed {wildcards.seed} --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens"
@@ -45,20 +52,22 @@ rule train_model:
             seed=config["training"]["seeds"],
             file=RUN_FILES,
         ),
+    log:
+        "results/{dataset}/logs/train_model/{target}.{model}.log",
+    retries: 1
+    conda:
+        "../../envs/train.yaml"
+    threads: config["training"]["threads"]
+    resources:
+        gpu=GPUS,
     params:
-        settings=lambda wildcards: json.dumps(meaning.training_settings(wildcards.model, config)),
+        settings=lambda wildcards: json.dumps(
+            meaning.training_settings(wildcards.model, config)
+        ),
         states=lambda wildcards: states_option(wildcards.model, wildcards),
         pretrained=pretrained_option,
         seeds=config["training"]["seeds"],
         encoder=ENCODER,
-    threads: config["training"]["threads"]
-    resources:
-        gpu=GPUS,
-    retries: 1
-    log:
-        "results/{dataset}/logs/train_model/{target}.{model}.log",
-    conda:
-        "../../envs/train.yaml"
     shell:
         "python -m castbench train_model --settings {params.settings:q} --model {wildcards.model}"
         " --target {wildcards.target} --seeds {params.seeds} --materials {input.materials} --split {input.split}"

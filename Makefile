@@ -1,0 +1,33 @@
+# make report: the whole report on the bundled crystals. make test: the tests. make check: what CI checks besides.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+.PHONY: report test check venv lock
+.DELETE_ON_ERROR:
+
+report: venv
+	snakemake --cores all --show-failed-logs
+
+test: venv
+	pytest tests/unit tests/workflow
+
+check: venv
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+	mypy
+
+venv: .venv/made-from-lock
+
+.venv/made-from-lock: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "castbench needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	touch $@
+
+# Needs uv. CUDA libraries are left out: torch pins its own, and its CPU build has none.
+lock:
+	{ echo '# Every version of the environment; made from envs/requirements.in by `make lock`.'; \
+	  uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header envs/requirements.in \
+	  | grep -vE '^(nvidia-|cuda-|triton)'; } > requirements.lock

@@ -1,0 +1,131 @@
+"""The configuration: presets fit the schema, models fit the registry, environments fit the lock file."""
+
+import copy
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from castbench import config as meaning
+from castbench.errors import InputError
+from castbench.labels import MODELS, TARGETS
+
+
+@pytest.fixture
+def schema(root: Path) -> dict:
+    return yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text())
+
+
+@pytest.fixture
+def config(root: Path) -> dict:
+    return yaml.safe_load((root / "config.yaml").read_text())
+
+
+def merged(base: dict, overlay: dict) -> dict:
+    result = copy.deepcopy(base)
+    for key, value in overlay.items():
+        result[key] = merged(result[key], value) if isinstance(value, dict) and key in result else value
+    return result
+
+
+def properties(schema: dict, path: str = ""):
+    for key, value in schema.get("properties", {}).items():
+        yield f"{path}{key}", value
+        yield from properties(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize("preset", [None, "smoke", "paper"])
+def test_presets_fit_the_schema(root: Path, schema: dict, config: dict, preset: str | None):
+    if preset:
+        config = merged(config, yaml.safe_load((root / f"workflow/presets/{preset}.yaml").read_text()))
+    jsonschema.validate(config, schema)
+    meaning.check(config)
+
+
+def test_every_key_is_described_and_listed_in_the_default_config(schema: dict, config: dict):
+    for path, value in properties(schema):
+        assert "description" in value, path
+        section = config
+        for part in path.split("."):
+            assert part in section, f"config.yaml lacks {path}"
+            section = section[part]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"models": ["castt"]}, "castt"),
+        ({"epochs": 3}, "epochs"),
+        ({"training": {"lr": 1}}, "lr"),
+        ({"materials": {"source": "icsd"}}, "icsd"),
+        ({"targets": []}, "[]"),
+        ({"training": {"seeds": [0, 0]}}, "[0, 0]"),
+    ],
+)
+def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: dict, named: str):
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(named)):
+        jsonschema.validate(merged(config, change), schema)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"attention": {"target": "formation_energy"}}, "attention.target"),
+        ({"architecture": {"cogn": {"width": 64}}}, "cogn.width"),
+        ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
+        ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
+    ],
+)
+def test_contradictions_are_named(config: dict, change: dict, named: str):
+    with pytest.raises(InputError, match=re.escape(named)):
+        meaning.check(merged(config, change))
+
+
+def test_names_agree_everywhere(schema: dict):
+    from castbench.models import REGISTRY
+
+    assert (
+        set(meaning.MODELS)
+        == set(MODELS)
+        == set(schema["properties"]["models"]["items"]["enum"])
+        == set(REGISTRY)
+    )
+    assert set(TARGETS) == set(schema["properties"]["targets"]["items"]["enum"])
+
+
+def test_a_section_changes_the_settings_of_its_models_only(config: dict):
+    changed = merged(config, {"architecture": {"concat": {"width": 32}}})
+    rerun = {
+        m for m in MODELS if meaning.training_settings(m, config) != meaning.training_settings(m, changed)
+    }
+    assert rerun == {"crysmmnet_frozen", "crysmmnet_lora"}
+    changed = merged(config, {"architecture": {"lora": {"rank": 4}}})
+    rerun = {
+        m for m in MODELS if meaning.training_settings(m, config) != meaning.training_settings(m, changed)
+    }
+    assert rerun == {"text_only", "crysmmnet_lora"}
+
+
+def test_one_key_gives_cast_a_trained_text_encoder(config: dict):
+    assert meaning.text_mode("cast", config) == meaning.text_mode("masked_node", config) == "frozen"
+    changed = merged(config, {"architecture": {"cross_attention": {"text": "lora"}}})
+    for name in ("cast", "cast_scratch", "masked_node"):
+        assert meaning.text_mode(name, changed) == "lora"
+        assert "lora" in meaning.architecture(name, changed)
+        assert meaning.remaining_layers(name, changed) == 2
+    changed = merged(changed, {"architecture": {"lora": {"layers": "all"}}})
+    assert meaning.remaining_layers("cast", changed) is None
+
+
+def test_environments_agree_with_the_lock_file(root: Path):
+    def pins(lines: list[str]) -> dict[str, str]:
+        return dict(line.split(" ;")[0].strip().lower().split("==") for line in lines if "==" in line)
+
+    lock = pins((root / "requirements.lock").read_text().splitlines())
+    required = pins((root / "envs/requirements.in").read_text().splitlines())
+    assert required.items() <= lock.items()
+    for file in (root / "envs").glob("*.yaml"):
+        packages = yaml.safe_load(file.read_text())["dependencies"][-1]["pip"]
+        assert pins(packages).items() <= lock.items(), file.name
