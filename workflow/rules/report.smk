@@ -1,0 +1,5 @@
+"""Figures and the report.
+
+Input: tables/, attention/, run folders, caches' manifests.
+Output: figures/, report.html.
+"""
