@@ -1,0 +1,1 @@
+"""Crystals as graphs: asymmetric unit, nearest neighbours, packed storage."""

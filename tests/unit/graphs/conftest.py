@@ -1,0 +1,87 @@
+"""Crystals for the graph tests, and what to compare of their graphs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from castbench.graphs.neighbours import CrystalGraph, crystal_graph
+
+
+@pytest.fixture(scope="session")
+def prototypes() -> dict[str, Structure]:
+    """Textbook crystals whose neighbour shells are known."""
+
+    def cubic(spacegroup: int, a: float, sites: dict[str, list[float]]) -> Structure:
+        return Structure.from_spacegroup(spacegroup, Lattice.cubic(a), list(sites), list(sites.values()))
+
+    return {
+        "rocksalt": cubic(225, 5.64, {"Na": [0, 0, 0], "Cl": [0.5, 0.5, 0.5]}),
+        "fcc": cubic(225, 3.61, {"Cu": [0, 0, 0]}),
+        "caesium chloride": cubic(221, 4.12, {"Cs": [0, 0, 0], "Cl": [0.5, 0.5, 0.5]}),
+        "diamond": cubic(227, 3.57, {"C": [0, 0, 0]}),
+        "perovskite": cubic(221, 3.9, {"Sr": [0, 0, 0], "Ti": [0.5, 0.5, 0.5], "O": [0.5, 0.5, 0]}),
+        "wurtzite": Structure.from_spacegroup(
+            186, Lattice.hexagonal(3.25, 5.2), ["Zn", "O"], [[1 / 3, 2 / 3, 0], [1 / 3, 2 / 3, 0.382]]
+        ),
+        "quartz": Structure.from_spacegroup(
+            154, Lattice.hexagonal(4.916, 5.405), ["Si", "O"], [[0.4697, 0, 0], [0.4135, 0.2669, 0.1191]]
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def graph_of() -> Callable[..., CrystalGraph]:
+    """The graph of a pymatgen structure."""
+
+    def graph(structure: Structure, **settings: Any) -> CrystalGraph:
+        numbers = np.array(structure.atomic_numbers)
+        return crystal_graph(structure.lattice.matrix, structure.frac_coords, numbers, **settings)
+
+    return graph
+
+
+@pytest.fixture(scope="session")
+def edges_of() -> Callable[[CrystalGraph], np.ndarray]:
+    """Edges as the reference has them, as sorted rows: elements of source and target, their multiplicities, distance.
+
+    Parallel edges are expanded. Multiplicities are shares of the cell, so that the choice of cell does not matter.
+    """
+
+    def edges(graph: CrystalGraph) -> np.ndarray:
+        share = graph.multiplicities / graph.multiplicities.sum()
+        ends = [
+            values[nodes]
+            for values in (graph.atomic_numbers, share.round(5))
+            for nodes in (graph.edge_source, graph.edge_target)
+        ]
+        rows = np.column_stack([*ends, graph.distances]).repeat(graph.edge_multiplicities.astype(int), axis=0)
+        return rows[np.lexsort((rows[:, 4].round(4), *rows[:, :4].T))]
+
+    return edges
+
+
+@pytest.fixture
+def write_materials(tmp_path: Path) -> Callable[..., Path]:
+    """Write (id, lattice, species, fractional coordinates) as a materials.parquet of the columns that graphs read."""
+
+    def write(rows: Sequence[tuple[str, Any, list[str], Any]], name: str = "materials.parquet") -> Path:
+        structures = [
+            {"lattice": np.ravel(lattice).tolist(), "species": species, "frac_coords": np.ravel(positions).tolist()}
+            for _, lattice, species, positions in rows
+        ]
+        number = pa.list_(pa.float64())
+        structure = pa.struct({"lattice": number, "species": pa.list_(pa.string()), "frac_coords": number})
+        columns = {
+            "material_id": pa.array([row[0] for row in rows], pa.string()),
+            "structure": pa.array(structures, structure),
+        }
+        pq.write_table(pa.table(columns), tmp_path / name)
+        return tmp_path / name
+
+    return write
