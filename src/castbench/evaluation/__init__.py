@@ -1,0 +1,1 @@
+"""From run records and caches to tables and attention data."""

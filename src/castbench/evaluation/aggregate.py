@@ -1,0 +1,214 @@
+"""Run records to tables. A missing, failed or skipped run is a gap that is counted; it never enters a mean."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from castbench.evaluation.statistics import dataset_statistics, mean_baseline, paired_difference
+from castbench.labels import MODEL_ORDER, TARGET_ORDER, TARGETS
+from castbench.provenance import atomic_path
+from castbench.report import tables
+
+log = logging.getLogger(__name__)
+
+RESOURCES = Path(__file__).resolve().parents[3] / "workflow" / "resources"
+# What the paper argues from: (this, minus that). CrysMMNet's twin of CAST is the one that treats its text encoder alike.
+COMPARISONS = (
+    ("cast", "cast_scratch"),
+    ("cast_scratch", "crysmmnet_frozen"),
+    ("cast_scratch", "crysmmnet_lora"),
+    ("crysmmnet_lora", "crysmmnet_frozen"),
+    ("crysmmnet_frozen", "structure_only"),
+    ("multimat", "structure_only"),
+)
+
+
+def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> None:
+    """Write Table 1, Table 2, runs, pretraining and comparisons into `output`.
+
+    `settings` = {dataset, source, targets, models, seeds, text_encoder}: they name the runs to expect.
+    """
+    records = read_records(results, settings)
+    runs = pd.DataFrame([run_row(record) for record in records])
+    gaps = runs[runs["status"] != "finished"]
+    for row in gaps.itertuples():
+        log.warning("run %s/%s/%s: %s, %s; it is a gap in the tables", row.target, row.model, row.seed,
+                    row.status, row.reason or "no reason recorded")  # fmt: skip
+    cells = table1_cells(runs, settings, results)
+    statistics = with_paper_statistics(dataset_statistics(results, ordered_targets(settings)))
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "runs.csv", runs)
+    write_csv(output / "table1.csv", tables.table1_wide(cells))
+    write_csv(output / "table2.csv", statistics)
+    write_csv(output / "pretraining.csv", read_pretraining(results))
+    write_csv(output / "comparisons.csv", comparisons(results, settings, runs))
+    write_text(output / "table1.md", tables.table1_markdown(cells, settings))
+    write_text(output / "table1.tex", tables.table1_latex(cells, settings))
+    write_text(output / "runs.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
+    log.info("%d runs finished, %d gaps", len(runs) - len(gaps), len(gaps))
+
+
+def ordered_targets(settings: dict[str, Any]) -> list[str]:
+    """The configured targets in the paper's order."""
+    return [target for target in TARGET_ORDER if target in settings["targets"]]
+
+
+def ordered_models(settings: dict[str, Any]) -> list[str]:
+    """The configured models in the paper's order, then those that it does not have."""
+    return sorted(settings["models"], key=lambda m: MODEL_ORDER.index(m) if m in MODEL_ORDER else len(MODEL_ORDER))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is missing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_records(results: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """`metrics.json` with `cost` of every configured run, in order of target, model, seed; status "missing" if absent."""
+    records = []
+    for target in ordered_targets(settings):
+        for model in ordered_models(settings):
+            for seed in settings["seeds"]:
+                folder = results / "runs" / target / model / str(seed)
+                record = {"status": "missing", "reason": "no metrics.json", **read_json(folder / "metrics.json")}
+                record |= {"target": target, "model": model, "seed": seed, "unit": TARGETS[target].unit}
+                records.append(record | {"cost": read_json(folder / "cost.json")})
+    return records
+
+
+def run_row(record: dict[str, Any]) -> dict[str, Any]:
+    """The flat row of `runs.csv` of a record; scores and costs that it lacks are None."""
+
+    def part(name: str) -> dict[str, Any]:
+        return record.get(name) or {}
+
+    finished = record["status"] == "finished"
+    row = {key: record.get(key) for key in ("target", "model", "seed", "status", "reason", "unit")}
+    row |= {f"n_{split}": part("n").get(split) for split in ("train", "validation", "test")}
+    row |= {score: part("test").get(score) if finished else None for score in ("mae", "rmse", "r2")}
+    row["validation_mae"] = part("validation").get("mae") if finished else None
+    row |= {key: record.get(key) for key in ("best_epoch", "epochs", "steps", "text")}
+    row |= {f"parameters_{kind}": part("parameters").get(kind) for kind in ("total", "trainable")}
+    row |= {key: part("cost").get(key) for key in ("seconds", "samples_per_second", "peak_memory_mb")}
+    row["pretrained"] = "{objective}/{seed}".format(**record["pretrained"]) if record.get("pretrained") else None
+    return row | {"commit": record.get("commit")}
+
+
+def is_paper_setting(settings: dict[str, Any]) -> bool:
+    """Whether data source and text encoder are the paper's, so that its numbers can be compared with ours."""
+    return settings["source"] == "materials_project" and "matscibert" in settings["text_encoder"].lower()
+
+
+def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) -> pd.DataFrame:
+    """Table 1, one row a (model, target), last the baseline "training_mean".
+
+    Columns: mean, std (sample, ddof = 1) over the finished seeds, in `unit`; finished, expected (numbers of runs);
+    rank (1 = lowest mean, among cells with every seed finished); n_train, n_validation, n_test; paper_mean, paper_std;
+    comparable; difference = mean - paper_mean, only where comparable.
+    """
+    paper = pd.read_csv(RESOURCES / "paper" / "table1.csv").set_index(["model", "target"])
+    rows = []
+    for (model, target), group in runs.groupby(["model", "target"], sort=False):
+        done = group.loc[group["status"] == "finished", "mae"]
+        sizes = group[["n_train", "n_validation", "n_test"]].max()
+        known = paper.loc[(model, target)] if (model, target) in paper.index else {}
+        rows.append(
+            {
+                "model": model,
+                "target": target,
+                "unit": TARGETS[target].unit,
+                "mean": done.mean(),
+                "std": done.std(ddof=1),
+                "finished": len(done),
+                "expected": len(group),
+                **sizes,
+                "paper_mean": known.get("mae_mean", np.nan),
+                "paper_std": known.get("mae_std", np.nan),
+            }
+        )
+    cells = pd.DataFrame(rows)
+    complete = cells["finished"] == cells["expected"]
+    cells["rank"] = cells["mean"].where(complete).groupby(cells["target"]).rank(method="min")
+    cells["comparable"] = is_paper_setting(settings) & cells["paper_mean"].notna()
+    cells["difference"] = (cells["mean"] - cells["paper_mean"]).where(cells["comparable"])
+    baseline = [
+        {"model": tables.BASELINE, "target": t, "unit": TARGETS[t].unit, "mean": mean_baseline(results, t)}
+        for t in ordered_targets(settings)
+    ]
+    return pd.concat([cells, pd.DataFrame(baseline)], ignore_index=True)
+
+
+def with_paper_statistics(statistics: pd.DataFrame) -> pd.DataFrame:
+    """Our Table 2 with the paper's columns beside it; its "val/test" stands beside both our validation and test."""
+    paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").drop(columns="source")
+    paper = paper.assign(split=paper["split"].replace({"val/test": "validation"}))
+    paper = pd.concat([paper, paper[paper["split"] == "validation"].assign(split="test")])
+    paper = paper.rename(columns={c: f"paper_{c}" for c in paper.columns if c not in ("target", "split")})
+    return statistics.merge(paper, how="left", on=["target", "split"])
+
+
+def read_pretraining(results: Path) -> pd.DataFrame:
+    """One row a pretraining run: objective, seed, status, sizes, validation scores, parameters, cost."""
+    rows = []
+    for file in sorted((results / "pretrain").glob("*/[0-9]*/metrics.json")):
+        record = read_json(file)
+        row = {"objective": file.parts[-3], "seed": int(file.parts[-2])}
+        row |= {key: record.get(key) for key in ("status", "reason", "best_epoch", "epochs", "steps")}
+        for key in ("n", "validation", "parameters"):
+            row |= {f"{key}_{name}": value for name, value in (record.get(key) or {}).items()}
+        cost = read_json(file.with_name("cost.json"))
+        rows.append(row | {key: cost.get(key) for key in ("seconds", "samples_per_second", "peak_memory_mb")})
+    return pd.DataFrame(rows, columns=None if rows else ["objective", "seed", "status"])
+
+
+def read_errors(results: Path, target: str, model: str, seeds: list[int]) -> pd.Series:
+    """Absolute test error of each crystal, mean over the finished seeds, in the target's unit. Index material_id."""
+    folder = results / "runs" / target / model
+    frames = []
+    for seed in seeds:
+        if read_json(folder / str(seed) / "metrics.json").get("status") == "finished":
+            frame = pd.read_parquet(folder / str(seed) / "predictions.parquet")
+            frames.append(frame[frame["split"] == "test"].set_index("material_id"))
+    if not frames:
+        return pd.Series(dtype=float)
+    return pd.concat([(f["y_pred"] - f["y_true"]).abs() for f in frames]).groupby(level=0, sort=False).mean()
+
+
+def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals over crystals."""
+    text = runs.dropna(subset="text").groupby("model")["text"].first()
+    rows = []
+    for target in ordered_targets(settings):
+        for model, other in COMPARISONS:
+            alike = other != f"crysmmnet_{'frozen' if text.get(model) == 'lora' else 'lora'}"
+            if not {model, other} <= set(settings["models"]) or (model == "cast_scratch" and not alike):
+                continue
+            errors = [read_errors(results, target, name, settings["seeds"]) for name in (model, other)]
+            if any(part.empty for part in errors):
+                continue
+            first, second = (part.sort_index().to_numpy() for part in errors)
+            mean, low, high = paired_difference(first, second)
+            row = {"target": target, "unit": TARGETS[target].unit, "model": model, "minus": other}
+            rows.append(row | {"difference": mean, "low": low, "high": high, "n": len(first)})
+    columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table; six significant digits, whole numbers as such, nothing where a value is missing."""
+    whole = [c for c in frame.select_dtypes("number") if (frame[c].dropna() % 1 == 0).all()]
+    with atomic_path(path) as partial:
+        frame.astype(dict.fromkeys(whole, "Int64")).to_csv(
+            partial, index=False, float_format="%.6g", lineterminator="\n"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,94 @@
+"""Statistics of the data that the models saw: the paper's Table 2, and the groups that errors are split by."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from castbench.labels import TARGETS
+from castbench.materials.targets import target_values
+
+SPLITS = ("train", "validation", "test")
+CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
+_LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
+
+
+def crystal_systems(spacegroups: np.ndarray) -> np.ndarray:
+    """Crystal system (n,) of international space group numbers 1 to 230."""
+    return np.array(CRYSTAL_SYSTEMS)[np.searchsorted(_LAST_SPACEGROUPS, spacegroups)]
+
+
+def read_split(results: Path, target: str) -> dict:
+    """The split record of a target."""
+    return json.loads((results / "splits" / f"{target}.json").read_text())
+
+
+def read_crystals(results: Path) -> pd.DataFrame:
+    """One row a material: formula, n_sites, crystal_system, n_nodes, n_tokens_full, has_text. Index material_id."""
+    columns = ["material_id", "formula", "spacegroup", "n_sites"]
+    crystals = pq.read_table(results / "materials.parquet", columns=columns).to_pandas().set_index("material_id")
+    crystals["crystal_system"] = crystal_systems(crystals.pop("spacegroup").to_numpy())
+    nodes = pd.read_parquet(results / "graphs" / "index.parquet", columns=["material_id", "n_nodes"])
+    tokens = pd.read_parquet(
+        results / "tokens" / "index.parquet", columns=["material_id", "n_tokens_full", "has_text"]
+    )
+    return crystals.join(nodes.set_index("material_id")).join(tokens.set_index("material_id"))
+
+
+def read_values(results: Path, target: str) -> pd.Series:
+    """Values of a target in its unit, NaN where missing. Index material_id."""
+    table: pa.Table = pq.read_table(
+        results / "materials.parquet", columns=["material_id", TARGETS[target].column]
+    )
+    return pd.Series(target_values(table, target), index=table["material_id"].to_pylist(), name=target)
+
+
+def dataset_statistics(results: Path, targets: list[str]) -> pd.DataFrame:
+    """The paper's Table 2 for this data, one row a target and split. Every std is the sample's (ddof = 1).
+
+    Token counts are those before truncation; a crystal without text counts with its [CLS] alone.
+    """
+    crystals = read_crystals(results)
+    rows = []
+    for target in targets:
+        split, values = read_split(results, target), read_values(results, target)
+        for part in SPLITS:
+            chosen, y = crystals.loc[split[part]], values.loc[split[part]]
+            rows.append(
+                {
+                    "target": target,
+                    "split": part,
+                    "n": len(chosen),
+                    "nodes_mean": chosen["n_nodes"].mean(),
+                    "nodes_std": chosen["n_nodes"].std(),
+                    "tokens_mean": chosen["n_tokens_full"].mean(),
+                    "tokens_std": chosen["n_tokens_full"].std(),
+                    "text_percent": 100 * chosen["has_text"].mean(),
+                    "text_count": int(chosen["has_text"].sum()),
+                    "y_mean": y.mean(),
+                    "y_std": y.std(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def mean_baseline(results: Path, target: str) -> float:
+    """Test MAE, in the target's unit, of predicting the training mean for everything: NaN for an empty split."""
+    split, values = read_split(results, target), read_values(results, target)
+    if not split["train"] or not split["test"]:
+        return float("nan")
+    return float((values.loc[split["test"]] - values.loc[split["train"]].mean()).abs().mean())
+
+
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, repeats: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `first - second` (n,) and its 95 % bootstrap interval over the n crystals, in the errors' unit."""
+    difference = np.asarray(first) - np.asarray(second)
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(difference, len(difference)).mean() for _ in range(repeats)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)

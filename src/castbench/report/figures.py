@@ -1,0 +1,550 @@
+"""Every figure of the report, as SVG and PNG with the same bytes each time. Demo runs carry a watermark."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from castbench.evaluation.aggregate import RESOURCES, ordered_models, ordered_targets, read_errors, read_json
+from castbench.evaluation.statistics import (
+    CRYSTAL_SYSTEMS,
+    SPLITS,
+    mean_baseline,
+    read_crystals,
+    read_split,
+    read_values,
+)
+from castbench.labels import MODELS, TARGETS
+from castbench.provenance import atomic_path
+from castbench.report.tables import model_label
+
+log = logging.getLogger(__name__)
+
+INK, MUTED, RULE = "#1b1f24", "#6e7781", "#d8dee4"  # the report swaps these three in dark mode
+SPLIT_COLOURS = {"train": "#9aa5b1", "validation": "#E69F00", "test": "#0072B2"}
+SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "castbench",
+    "svg.fonttype": "path",
+    "font.size": 8.5,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+}
+
+
+@contextmanager
+def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
+    """Style for a figure, which the block appends to the list; then writes it to `path` with .svg and .png."""
+    with plt.rc_context(STYLE):
+        made: list[Figure] = []
+        yield made
+        (figure,) = made
+        if settings["source"] == "demo":
+            figure.text(
+                0.5, 0.5, "demo", fontsize=64, color=MUTED, alpha=0.10, ha="center", va="center", rotation=25,
+                weight="bold", zorder=0,
+            )  # fmt: skip
+        for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
+            with atomic_path(path.with_suffix(suffix)) as partial:
+                figure.savefig(
+                    partial, format=suffix[1:], metadata=metadata, bbox_inches="tight", pad_inches=0.08,
+                    transparent=suffix == ".svg",
+                )  # fmt: skip
+        plt.close(figure)
+        log.info("drew %s", path.name)
+
+
+def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` panels, each of `size` inches; cells without a panel are empty."""
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(columns * size[0], lines * size[1]), squeeze=False, layout="constrained", **options
+    )
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def empty(axis: Axes, reason: str) -> None:
+    """Say in a panel why nothing is drawn in it."""
+    axis.text(0.5, 0.5, reason, transform=axis.transAxes, ha="center", va="center", color=MUTED)
+    axis.set(xticks=[], yticks=[])
+
+
+def model_legend(figure: Figure, models: list[str]) -> None:
+    """One legend of the models below the figure."""
+    handles = [
+        plt.Line2D([], [], color=MODELS[m].colour, marker="o", linestyle="", markersize=5, label=model_label(m))
+        for m in models
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(models), 7), handletextpad=0.1)
+
+
+# --- the data ---------------------------------------------------------------------------------------------------
+
+
+def plot_dataset(settings: dict[str, Any], results: Path, output: Path) -> None:
+    """Funnel, target histograms and token lengths. `settings` = {source, targets}."""
+    _funnel(settings, results, output / "dataset_funnel")
+    _histograms(settings, results, output / "target_histograms")
+    _token_lengths(settings, results, output / "token_lengths")
+
+
+def funnel_steps(funnel: dict[str, Any], target: str) -> list[tuple[str, int, int]]:
+    """(step, removed, left) of a target's funnel, from the collected crystals on; steps that removed none included."""
+    steps = [("collected", 0, funnel["n_collected"])]
+    record = funnel["targets"].get(target, {"steps": []})
+    return steps + [(s["filter"].replace("_", " "), s["removed"], s["left"]) for s in record["steps"]]
+
+
+def _funnel(settings: dict[str, Any], results: Path, path: Path) -> None:
+    funnel, targets = read_json(results / "funnel.json"), ordered_targets(settings)
+    longest = max(len(funnel_steps(funnel, target)) for target in targets)
+    with drawing(settings, path) as made:
+        figure, axes = panels(len(targets), 2, (4.6, 0.55 + 0.23 * longest))
+        made.append(figure)
+        for axis, target in zip(axes, targets, strict=True):
+            steps = funnel_steps(funnel, target)
+            places = np.arange(len(steps))
+            left = np.array([step[2] for step in steps])
+            axis.barh(places, left, color="#0072B2", height=0.66)
+            removed = np.array([step[1] for step in steps])
+            axis.barh(places, removed, left=left, color=RULE, height=0.66)
+            for place, (_, gone, kept) in enumerate(steps):
+                label = f"{kept:,}" + (f"  (−{gone:,})" if gone else "")
+                axis.annotate(
+                    label, (kept + gone, place), xytext=(4, 0), textcoords="offset points", va="center", size=7.5
+                )
+            axis.set_yticks(places, [step[0] for step in steps])
+            axis.invert_yaxis()
+            axis.set(title=TARGETS[target].label, xlabel="crystals")
+            axis.set_xlim(0, max(left[0], 1) * 1.25)
+            axis.grid(axis="x")
+            axis.tick_params(axis="y", length=0)
+
+
+def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
+    targets = ordered_targets(settings)
+    paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").query("split == 'train'").set_index("target")
+    with drawing(settings, path) as made:
+        figure, axes = panels(len(targets), 2, (4.6, 2.5))
+        made.append(figure)
+        for axis, target in zip(axes, targets, strict=True):
+            split, values = read_split(results, target), read_values(results, target)
+            parts = [values.loc[split[part]].to_numpy() for part in SPLITS]
+            every = np.concatenate(parts)
+            axis.set(title=TARGETS[target].label, xlabel=TARGETS[target].axis, ylabel="crystals")
+            if not len(every):
+                empty(axis, "too few crystals")
+                continue
+            bins = np.histogram_bin_edges(every, bins=30)
+            colours = [SPLIT_COLOURS[part] for part in SPLITS]
+            axis.hist(parts, bins=bins, stacked=True, color=colours, label=[*SPLITS])
+            axis.grid(axis="y")
+            ours = f"here {every.mean():.2f} ({every.std(ddof=1):.2f})" if len(every) > 1 else ""
+            if target in paper.index:
+                known = paper.loc[target]
+                axis.axvline(known["y_mean"], color=INK, linestyle=":", linewidth=1)
+                ours += f"\npaper {known['y_mean']:.2f} ({known['y_std']:.2f})"
+            axis.text(0.985, 0.97, ours, transform=axis.transAxes, ha="right", va="top", size=7.5, color=INK)
+        handles, labels = next((a.get_legend_handles_labels() for a in axes if a.patches), ([], []))
+        dotted = plt.Line2D([], [], color=INK, linestyle=":", linewidth=1)
+        figure.legend([*handles, dotted], [*labels, "paper's mean"], loc="outside lower center", ncols=4)
+
+
+def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
+    crystals = read_crystals(results)
+    limit = read_json(results / "tokens" / "manifest.json")["max_tokens"]
+    lengths = crystals["n_tokens_full"].to_numpy()
+    with drawing(settings, path) as made:
+        figure, (axis,) = panels(1, 1, (7.0, 2.6))
+        made.append(figure)
+        bins = np.geomspace(max(lengths.min(), 1), max(lengths.max(), limit) * 1.1, 50)
+        axis.hist(lengths, bins=bins, color="#E69F00")
+        axis.axvline(limit, color=INK, linewidth=1)
+        cut = (lengths > limit).mean()
+        axis.annotate(
+            f"limit {limit} tokens\n{cut:.1%} of {len(lengths):,} texts are cut", (limit, 1), xytext=(5, -2),
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", size=7.5,
+        )  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.set(xlabel="length of the description before truncation (tokens)", ylabel="crystals")
+        axis.grid(axis="y")
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------
+
+
+def plot_results(settings: dict[str, Any], results: Path, output: Path) -> None:
+    """Per-seed points, learning curves, parity, errors by group, cost.
+
+    `settings` = {source, targets, models, seeds}; `results` must hold `tables/runs.csv`.
+    """
+    runs = pd.read_csv(results / "tables" / "runs.csv")
+    _seeds(settings, results, runs, output / "results_by_seed")
+    _learning_curves(settings, results, runs, output / "learning_curves")
+    _parity(settings, results, runs, output / "parity")
+    crystals = read_crystals(results)
+    sites = pd.Series(site_groups(crystals["n_sites"].to_numpy()), index=crystals.index)
+    _by_group(settings, results, crystals["crystal_system"], CRYSTAL_SYSTEMS, output / "error_by_crystal_system")
+    _by_group(settings, results, sites, site_labels(), output / "error_by_sites")
+    _cost(settings, runs, output / "cost")
+
+
+def _seeds(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Path) -> None:
+    targets, models = ordered_targets(settings), ordered_models(settings)
+    with drawing(settings, path) as made:
+        figure, axes = panels(len(targets), 2, (4.4, 0.8 + 0.27 * len(models)), sharey=True)
+        made.append(figure)
+        for axis, target in zip(axes, targets, strict=True):
+            chosen = runs[runs["target"] == target]
+            axis.set_yticks(range(len(models)), [model_label(m) for m in models])
+            axis.set(title=TARGETS[target].label, xlabel=f"test MAE ({TARGETS[target].unit})")
+            axis.set_ylim(len(models) - 0.5, -0.5)
+            axis.tick_params(axis="y", length=0)
+            axis.grid(axis="x")
+            for place, model in enumerate(models):
+                scores = chosen.loc[(chosen["model"] == model) & (chosen["status"] == "finished"), "mae"].to_numpy()
+                colour = MODELS[model].colour
+                axis.plot(scores, np.full(len(scores), place), "o", color=colour, markersize=5, alpha=0.75)
+                if len(scores):
+                    axis.plot([scores.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=1.8)
+                missing = len(settings["seeds"]) - len(scores)
+                if missing:
+                    axis.text(
+                        0.99, place, f"{missing} of {len(settings['seeds'])} runs missing", color=MUTED, ha="right",
+                        va="center", transform=axis.get_yaxis_transform(), size=7,
+                    )  # fmt: skip
+            baseline = mean_baseline(results, target)
+            if not math.isnan(baseline):
+                axis.axvline(baseline, color=MUTED, linestyle="--", linewidth=0.9)
+                axis.annotate(
+                    "training mean", (baseline, 1), xycoords=("data", "axes fraction"), xytext=(-3, -2),
+                    textcoords="offset points", rotation=90, ha="right", va="top", size=6.5, color=MUTED,
+                )  # fmt: skip
+            axis.set_xlim(left=0)
+
+
+def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Path) -> None:
+    targets, models = ordered_targets(settings), ordered_models(settings)
+    finished = runs[runs["status"] == "finished"].set_index(["target", "model", "seed"])
+    with drawing(settings, path) as made:
+        figure, grid = plt.subplots(
+            len(targets), len(models), figsize=(1.55 * len(models), 1.45 * len(targets)), squeeze=False,
+            sharex="col", sharey="row", layout="constrained",
+        )  # fmt: skip
+        made.append(figure)
+        for (line, target), (column, model) in _product(targets, models):
+            axis = grid[line, column]
+            drawn = False
+            for seed in settings["seeds"]:
+                if (target, model, seed) not in finished.index:
+                    continue
+                history = pd.read_csv(results / "runs" / target / model / str(seed) / "history.csv")
+                axis.plot(history["epoch"], history["train_loss"], color=MUTED, linewidth=0.7, linestyle="--")
+                axis.plot(history["epoch"], history["validation_loss"], color=MODELS[model].colour, linewidth=1)
+                best = history[history["epoch"] == finished.loc[(target, model, seed), "best_epoch"]]
+                axis.plot(best["epoch"], best["validation_loss"], "o", color=MODELS[model].colour, markersize=3.5)
+                drawn = True
+            if not drawn:
+                axis.text(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+            axis.set_yscale("log")
+            axis.grid(visible=True)
+            axis.tick_params(labelsize=6.5)
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            if line == 0:
+                axis.set_title(model_label(model).replace(" (", "\n("), fontsize=7.5)
+            if line == len(targets) - 1:
+                axis.set_xlabel("epoch", fontsize=7.5)
+            if column == 0:
+                axis.set_ylabel(f"{TARGETS[target].label}\nloss (standardised)", fontsize=7)
+        handles = [
+            plt.Line2D([], [], color=MUTED, linestyle="--", linewidth=0.7),
+            plt.Line2D([], [], color=INK, linewidth=1),
+            plt.Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5),
+        ]
+        labels = ["training", "validation", "epoch selected"]
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+
+
+def _product(first: list[str], second: list[str]) -> Iterator[tuple[tuple[int, str], tuple[int, str]]]:
+    for one in enumerate(first):
+        for other in enumerate(second):
+            yield one, other
+
+
+def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Path) -> None:
+    targets, models = ordered_targets(settings), ordered_models(settings)
+    finished = set(runs[runs["status"] == "finished"].set_index(["target", "model", "seed"]).index)
+    with drawing(settings, path) as made:
+        figure, grid = plt.subplots(
+            len(targets), len(models), figsize=(1.5 * len(models), 1.55 * len(targets)), squeeze=False,
+            sharex="row", sharey="row", layout="constrained",
+        )  # fmt: skip
+        made.append(figure)
+        for (line, target), (column, model) in _product(targets, models):
+            axis = grid[line, column]
+            frames = [
+                pd.read_parquet(results / "runs" / target / model / str(seed) / "predictions.parquet")
+                for seed in settings["seeds"]
+                if (target, model, seed) in finished
+            ]
+            if frames:
+                points = pd.concat(frames).query("split == 'test'")
+                axis.plot(
+                    points["y_true"], points["y_pred"], "o", color=MODELS[model].colour, alpha=0.45, markersize=2.4,
+                    markeredgewidth=0, rasterized=len(points) > 2000,
+                )  # fmt: skip
+            else:
+                axis.text(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+            axis.axline((0, 0), slope=1, color=MUTED, linewidth=0.7, zorder=0)
+            axis.grid(visible=True)
+            axis.tick_params(labelsize=6.5)
+            if line == 0:
+                axis.set_title(model_label(model).replace(" (", "\n("), fontsize=7.5)
+            if column == 0:
+                axis.set_ylabel(f"{TARGETS[target].label}\npredicted ({TARGETS[target].unit})", fontsize=7)
+            axis.set_xlabel(f"DFT ({TARGETS[target].unit})", fontsize=7)
+
+
+def site_labels() -> list[str]:
+    """Names of the groups by number of sites."""
+    lower = [1, *(end + 1 for end in SITE_BINS)]
+    names = [str(a) if a == b else f"{a}–{b}" for a, b in zip(lower, SITE_BINS, strict=False)]
+    return [*names, f"> {SITE_BINS[-1]}"]
+
+
+def site_groups(sites: np.ndarray) -> np.ndarray:
+    """Group names (n,) of numbers of sites (n,)."""
+    return np.array(site_labels())[np.searchsorted(SITE_BINS, sites)]
+
+
+def _by_group(
+    settings: dict[str, Any], results: Path, groups: pd.Series, order: tuple[str, ...] | list[str], path: Path
+) -> None:
+    targets, models = ordered_targets(settings), ordered_models(settings)
+    with drawing(settings, path) as made:
+        figure, axes = panels(len(targets), 2, (4.8, 2.5))
+        made.append(figure)
+        for axis, target in zip(axes, targets, strict=True):
+            tested = groups.loc[read_split(results, target)["test"]]
+            counts = tested.value_counts().reindex(order).dropna().astype(int)
+            axis.set(title=TARGETS[target].label, ylabel=f"test MAE ({TARGETS[target].unit})")
+            if counts.empty:
+                empty(axis, "too few crystals")
+                continue
+            for place, model in enumerate(models):
+                errors = read_errors(results, target, model, settings["seeds"])
+                if errors.empty:
+                    continue
+                by_group = errors.groupby(groups.loc[errors.index])
+                mean, spread = by_group.mean().reindex(counts.index), by_group.sem().reindex(counts.index)
+                places = np.arange(len(counts)) + (place - (len(models) - 1) / 2) * 0.1
+                axis.errorbar(
+                    places, mean, yerr=spread.fillna(0), fmt="o", markersize=3.6, color=MODELS[model].colour,
+                    elinewidth=0.9,
+                )  # fmt: skip
+            axis.set_xticks(range(len(counts)), [f"{name}\nn = {n:,}" for name, n in counts.items()], size=7)
+            axis.set_xlim(-0.6, len(counts) - 0.4)
+            axis.set_ylim(bottom=0)
+            axis.grid(axis="y")
+            axis.tick_params(axis="x", length=0)
+        model_legend(figure, models)
+
+
+def _cost(settings: dict[str, Any], runs: pd.DataFrame, path: Path) -> None:
+    models = ordered_models(settings)
+    finished = runs[runs["status"] == "finished"]
+    measures = (
+        ("parameters (million)", "parameters_trainable", 1e-6),
+        ("time of a run (s)", "seconds", 1),
+        ("speed (training samples/s)", "samples_per_second", 1),
+        ("peak memory (MB)", "peak_memory_mb", 1),
+    )
+    with drawing(settings, path) as made:
+        figure, axes = panels(len(measures), 4, (2.6, 0.8 + 0.27 * len(models)), sharey=True)
+        made.append(figure)
+        for axis, (label, column, scale) in zip(axes, measures, strict=True):
+            axis.set(xlabel=label)
+            for place, model in enumerate(models):
+                chosen = finished[finished["model"] == model]
+                values = chosen[column].dropna() * scale
+                if values.empty:
+                    axis.text(
+                        0.03, place, "no run", color=MUTED, va="center", transform=axis.get_yaxis_transform(), size=7
+                    )
+                    continue
+                if column == "parameters_trainable":
+                    total = chosen["parameters_total"].max() * scale
+                    axis.barh(place, total, color=RULE, height=0.6)
+                axis.barh(place, values.mean(), color=MODELS[model].colour, height=0.6)
+                if column != "parameters_trainable":
+                    axis.plot(values, np.full(len(values), place), "o", color=INK, markersize=1.8, alpha=0.6)
+            axis.grid(axis="x")
+            axis.set_yticks(range(len(models)), [model_label(m) for m in models])
+            axis.set_ylim(len(models) - 0.5, -0.5)
+            axis.tick_params(axis="y", length=0)
+        axes[0].set_title("trainable (grey: total)", fontsize=7.5, fontweight="normal")
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+MAX_WORDS = 110
+ROLES = (("cast_scratch", "without pretraining"), ("cast", "with pretraining"))
+
+
+def plot_attention(settings: dict[str, Any], results: Path, output: Path) -> None:
+    """The paper's Figures 2 and 3. `settings` = {source}; `results` must hold `attention/`."""
+    maps = read_json(results / "attention" / "maps.json")
+    similarity = pd.read_parquet(results / "attention" / "similarity.parquet")
+    _maps(settings, maps, output / "attention_maps")
+    _heads(settings, maps, output / "attention_heads")
+    _similarity(settings, maps, similarity, output / "attention_similarity")
+
+
+def word_maps(maps: dict[str, Any], model: str) -> np.ndarray:
+    """Attention (layers, heads, nodes, words) of a model: a word gets the sum over its pieces."""
+    weights = np.array(maps["models"][model])
+    words = np.zeros((*weights.shape[:-1], len(maps["words"])))
+    np.add.at(words, (..., np.array(maps["word_of_piece"])), weights)
+    return words
+
+
+def _shared_limit(values: list[np.ndarray]) -> float:
+    """Upper end of a colour scale that all maps share: a single extreme cell does not darken the rest."""
+    return float(np.quantile(np.concatenate([v.ravel() for v in values]), 0.995)) or 1.0
+
+
+def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
+    present = [(model, role) for model, role in ROLES if model in maps["models"]]
+    # The mean over heads: at word level a map is readable, and the heads have a figure of their own.
+    weights = {model: word_maps(maps, model).mean(axis=1)[..., :MAX_WORDS] for model, _ in present}
+    words = maps["words"][:MAX_WORDS]
+    layers, nodes, _ = next(iter(weights.values())).shape
+    limit = _shared_limit(list(weights.values()))
+    with drawing(settings, path) as made:
+        height = 0.34 + 0.13 * max(nodes, 2)
+        figure, grid = plt.subplots(
+            layers * len(present), 1, figsize=(max(5.0, 0.125 * len(words) + 1.6), layers * len(present) * height + 1),
+            squeeze=False, sharex=True, layout="constrained",
+        )  # fmt: skip
+        made.append(figure)
+        for (line, (model, role)), layer in ((p, k) for p in enumerate(present) for k in range(layers)):
+            axis = grid[line * layers + layer, 0]
+            image = axis.imshow(weights[model][layer], aspect="auto", cmap="viridis", vmin=0, vmax=limit)
+            axis.set_yticks(range(nodes), maps["nodes"], fontsize=6.5)
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+            axis.text(1.004, 0.5, f"layer {layer + 1}", transform=axis.transAxes, va="center", size=7)
+            if layer == 0:
+                axis.set_title(f"{model_label(model)}: {role}", color=MODELS[model].colour)
+        grid[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
+        shown = f" (first {MAX_WORDS} of {len(maps['words'])})" if len(maps["words"]) > MAX_WORDS else ""
+        grid[-1, 0].set_xlabel(f"words of the description of {maps['formula']} ({maps['material_id']}){shown}")
+        figure.supylabel("nodes (queries)", fontsize=8.5)
+        figure.colorbar(
+            image, ax=list(grid[:, 0]), label="attention, mean over heads", shrink=0.5, pad=0.06, extend="max"
+        )
+
+
+def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
+    present = [(model, role) for model, role in ROLES if model in maps["models"]]
+    weights = {model: word_maps(maps, model)[-1, ..., :MAX_WORDS] for model, _ in present}
+    heads, nodes, _ = next(iter(weights.values())).shape
+    limit = _shared_limit(list(weights.values()))
+    with drawing(settings, path) as made:
+        figure, grid = plt.subplots(
+            heads, len(present), figsize=(5.2 * len(present), heads * (0.16 + 0.11 * max(nodes, 2)) + 1), squeeze=False,
+            sharex=True, sharey=True, layout="constrained",
+        )  # fmt: skip
+        made.append(figure)
+        for (column, (model, role)), head in ((p, k) for p in enumerate(present) for k in range(heads)):
+            axis = grid[head, column]
+            image = axis.imshow(weights[model][head], aspect="auto", cmap="viridis", vmin=0, vmax=limit)
+            axis.set_yticks(range(nodes), maps["nodes"], fontsize=6.5)
+            axis.tick_params(axis="y", length=0)
+            axis.spines[:].set_visible(False)
+            if head == 0:
+                axis.set_title(f"{model_label(model)}: {role}", color=MODELS[model].colour)
+            if column == len(present) - 1:
+                axis.text(1.01, 0.5, f"head {head + 1}", transform=axis.transAxes, va="center", size=7)
+            if head == heads - 1:
+                axis.set_xlabel("word of the description (position)")
+        figure.supylabel("nodes (queries)", fontsize=8.5)
+        figure.colorbar(image, ax=list(grid.flat), label="attention, last layer", shrink=0.5, pad=0.06, extend="max")
+
+
+def _similarity(settings: dict[str, Any], maps: dict[str, Any], similarity: pd.DataFrame, path: Path) -> None:
+    layers = sorted(similarity["layer"].unique())
+    rows = (("mean over heads", similarity[similarity["head"] < 0]), ("each head", similarity[similarity["head"] >= 0]))
+    with drawing(settings, path) as made:
+        figure, grid = plt.subplots(
+            2, max(len(layers), 1), figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2), squeeze=False, sharex=True,
+            sharey="row", layout="constrained",
+        )  # fmt: skip
+        made.append(figure)
+        counted = similarity[similarity["count"] > 0]
+        lowest = counted["low"].min() if len(counted) else 0.0
+        for line, (name, chosen) in enumerate(rows):
+            if not len(layers):
+                empty(grid[line, 0], "no crystal of two or more nodes")
+                continue
+            for column, layer in enumerate(layers):
+                axis = grid[line, column]
+                for model, role in ROLES:
+                    part = chosen[(chosen["model"] == model) & (chosen["layer"] == layer)]
+                    if part["count"].sum() == 0:
+                        continue
+                    bins = part.groupby("low")["count"].sum()
+                    bins = bins.groupby(np.floor(bins.index * 50 + 1e-9) / 50).sum().reindex(np.arange(50) / 50, fill_value=0)
+                    share = 100 * bins / bins.sum()
+                    axis.stairs(
+                        share, np.linspace(0, 1, 51), fill=True, color=MODELS[model].colour, alpha=0.35,
+                    )  # fmt: skip
+                    axis.stairs(share, np.linspace(0, 1, 51), color=MODELS[model].colour, label=role)
+                axis.grid(axis="y")
+                axis.set_xlim(max(lowest - 0.02, 0), 1)
+                if line == 0:
+                    axis.set_title(f"layer {layer}")
+                else:
+                    axis.set_xlabel("cosine similarity")
+                if column == 0:
+                    axis.set_ylabel(f"node pairs (%), {name}")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from synthetic_results import SETTINGS, write_results
+
+from castbench.evaluation.statistics import (
+    crystal_systems,
+    dataset_statistics,
+    mean_baseline,
+    paired_difference,
+    read_split,
+    read_values,
+)
+from castbench.provenance import write_json
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return write_results(tmp_path_factory.mktemp("statistics"))
+
+
+def test_crystal_systems_at_every_border():
+    borders = {1: "triclinic", 2: "triclinic", 3: "monoclinic", 15: "monoclinic", 16: "orthorhombic",
+               74: "orthorhombic", 75: "tetragonal", 142: "tetragonal", 143: "trigonal", 167: "trigonal",
+               168: "hexagonal", 194: "hexagonal", 195: "cubic", 230: "cubic"}  # fmt: skip
+    assert list(crystal_systems(np.array(list(borders)))) == list(borders.values())
+
+
+def test_dataset_statistics_by_hand(results):
+    table = dataset_statistics(results, SETTINGS["targets"]).set_index(["target", "split"])
+    assert list(table.loc["total_energy", "n"]) == [63, 9, 18]
+    row = table.loc[("total_energy", "train")]
+    index = np.array([i for i in range(90) if i % 10 < 7])
+    assert row["nodes_mean"] == pytest.approx((1 + index % 4).mean())
+    assert row["nodes_std"] == pytest.approx((1 + index % 4).std(ddof=1))
+    lengths = np.where(index == 3, 1, 100 + 8 * index)  # before truncation; 3 has no text
+    assert row["tokens_mean"] == pytest.approx(lengths.mean())
+    assert row["text_count"] == 62 and row["text_percent"] == pytest.approx(100 * 62 / 63)
+
+
+def test_values_are_in_the_unit_of_the_target(results):
+    assert read_values(results, "log_shear_modulus")["m-1"] == pytest.approx(np.log10(11))
+
+
+def test_the_baseline_predicts_the_training_mean(results):
+    split, values = read_split(results, "band_gap"), read_values(results, "band_gap")
+    expected = np.mean([abs(values[i] - values[split["train"]].mean()) for i in split["test"]])
+    assert mean_baseline(results, "band_gap") == pytest.approx(expected)
+
+
+def test_a_target_with_too_few_crystals_has_no_statistics(tmp_path):
+    results = write_results(tmp_path, SETTINGS | {"targets": ["band_gap"], "models": ["cast"]})
+    empty = {"target": "band_gap", "status": "too_few", "train": [], "validation": [], "test": []}
+    write_json(results / "splits" / "band_gap.json", empty)
+    assert np.isnan(mean_baseline(results, "band_gap"))
+    table = dataset_statistics(results, ["band_gap"])
+    assert list(table["n"]) == [0, 0, 0] and table["y_mean"].isna().all()
+
+
+def test_paired_difference_covers_a_known_shift():
+    rng = np.random.default_rng(0)
+    common = rng.exponential(1, 400)
+    mean, low, high = paired_difference(common + 0.1 + rng.normal(0, 0.2, 400), common)
+    assert low < 0.1 < high and low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.2)
