@@ -1,1 +1,66 @@
-"""The models of the benchmark."""
+"""The models of the benchmark: one file an idea, one line in a registry each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castbench.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from castbench.models.base import Network
+
+# name -> where its constructor (architecture, encoder folder) is; imported when asked for.
+REGISTRY = {
+    "structure_only": "cogn:StructureOnly",
+    "text_only": "text:TextOnly",
+    "crysmmnet_frozen": "concat:crysmmnet_frozen",
+    "crysmmnet_lora": "concat:crysmmnet_lora",
+    "multimat": "contrastive:MultiMat",
+    "cast_scratch": "cross_attention:Cast",
+    "cast": "cross_attention:Cast",
+}
+OBJECTIVES = {
+    "masked_node": "cross_attention:MaskedNodePretraining",
+    "contrastive": "contrastive:ContrastivePretraining",
+}
+
+
+def build_model(name: str, architecture: dict[str, Any], encoder: Path | None) -> Network:
+    """A model of `REGISTRY` with random new weights; `encoder` is the folder of the text encoder.
+
+    `architecture` holds the sections of the config that the model uses. Raises InputError for an unknown name.
+    """
+    return _build(REGISTRY, "model", name, architecture, encoder)
+
+
+def build_pretraining(objective: str, architecture: dict[str, Any], encoder: Path | None) -> Network:
+    """A pretraining network of `OBJECTIVES` with random new weights; arguments and errors as for `build_model`."""
+    return _build(OBJECTIVES, "objective", objective, architecture, encoder)
+
+
+def load_pretrained(model: Network, state: dict[str, Tensor]) -> None:
+    """Start the submodules named in `model.pretrained` from the trained state of a pretraining network.
+
+    Raises:
+        InputError: the pretraining network lacks them or had another architecture.
+    """
+    own = model.trained_state()
+    shared = {name for name in own if name.split(".")[0] in model.pretrained}
+    model.load_trained_state(
+        {name: state[name] if name in shared & state.keys() else own[name] for name in own}
+    )
+    if absent := sorted(shared - state.keys()):
+        raise InputError(f"pretrained state: {absent[0]} is absent; pretrain with the settings of this model")
+
+
+def _build(
+    registry: dict[str, str], kind: str, name: str, architecture: dict[str, Any], encoder: Path | None
+) -> Network:
+    if name not in registry:
+        raise InputError(f"{name}: no such {kind}; choose from {', '.join(registry)}")
+    module, constructor = registry[name].split(":")
+    return getattr(import_module(f"castbench.models.{module}"), constructor)(architecture, encoder)

@@ -32,7 +32,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values})
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values}
+        )
 
 
 def segments(offsets: Tensor) -> Tensor:

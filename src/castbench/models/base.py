@@ -1,0 +1,77 @@
+"""What every model has in common: its encoders, the inputs it needs, its parameter groups, its trained state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from castbench.errors import InputError
+
+if TYPE_CHECKING:
+    from castbench.models.cogn import CoGN
+    from castbench.models.text import TextEncoder
+
+
+class Outcome(NamedTuple):
+    """What a pretraining network makes of a batch: the mean loss over `count` guesses, `correct` of them right."""
+
+    loss: Tensor
+    correct: Tensor
+    count: int
+
+
+class Network(nn.Module):
+    """A model with at most one structure encoder `cogn` and one text encoder `text`.
+
+    A prediction model maps a batch to (B,) standardised predictions, a pretraining model to an `Outcome`.
+    """
+
+    pretrained: tuple[str, ...] = ()  # submodules that start from the pretraining network
+
+    def __init__(self, cogn: CoGN | None = None, text: TextEncoder | None = None):
+        super().__init__()
+        self.cogn = cogn
+        self.text = text
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of a batch that are read: "graph", "token_ids", "token_states"."""
+        graph = {"graph"} if self.cogn is not None else set()
+        return frozenset(graph | (self.text.needs if self.text is not None else set()))
+
+    @property
+    def text_mode(self) -> str:
+        """How the text encoder is used: "none", "frozen" or "lora"."""
+        return "none" if self.text is None else self.text.mode
+
+    @property
+    def text_layer(self) -> int | None:
+        """Number of encoder layers behind the cached states that are read; None where none are read."""
+        return self.text.start_layer if self.text is not None and "token_states" in self.needs else None
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters: "lora" (adapters of the text encoder) and "new" (all others)."""
+        groups: dict[str, list[nn.Parameter]] = {"new": [], "lora": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups["lora" if ".lora_" in name else "new"].append(parameter)
+        return groups
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Trainable parameters by name: with the frozen encoder, all that it takes to rebuild the model."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `trained_state` gave.
+
+        Raises:
+            InputError: a parameter is absent, unknown or of another shape.
+        """
+        own = self.trained_state()
+        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+        if wrong:
+            raise InputError(
+                f"model state: {wrong[0]} does not fit this architecture; use the settings it was trained with"
+            )
+        self.load_state_dict(state, strict=False)

@@ -1,0 +1,46 @@
+"""CrysMMNet: crystal vector and text vector, projected and concatenated (Das et al., UAI 2023).
+
+Heads and fusion as in the reference, on coGN instead of ALIGNN, as the CAST paper compares it (section 4.3.2).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castbench.models.base import Network
+from castbench.models.batch import Batch
+from castbench.models.cogn import CoGN
+from castbench.models.heads import ProjectionHead, Regression, dense
+from castbench.models.text import TextEncoder
+
+
+class CrysMMNet(Network):
+    """Prediction from coGN's readout and the [CLS] state."""
+
+    def __init__(self, architecture: dict[str, Any], encoder: Path, lora: dict[str, Any] | None):
+        super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora))
+        width, dropout = architecture["concat"]["width"], architecture["concat"]["dropout"]
+        self.project_structure = ProjectionHead(self.cogn.width, width, dropout)
+        self.project_text = ProjectionHead(self.text.width, width, dropout)
+        self.fuse = nn.Sequential(dense(2 * width, width), nn.ReLU())
+        self.head = Regression(width)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Standardised predictions (B,)."""
+        structure = self.project_structure(self.cogn(batch))
+        text = self.project_text(self.text.cls(batch))
+        return self.head(self.fuse(torch.cat([structure, text], dim=1)))
+
+
+def crysmmnet_frozen(architecture: dict[str, Any], encoder: Path) -> CrysMMNet:
+    """CrysMMNet on the cached states of the frozen text encoder."""
+    return CrysMMNet(architecture, encoder, lora=None)
+
+
+def crysmmnet_lora(architecture: dict[str, Any], encoder: Path) -> CrysMMNet:
+    """CrysMMNet with LoRA on the text encoder."""
+    return CrysMMNet(architecture, encoder, lora=architecture["lora"])

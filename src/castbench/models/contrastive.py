@@ -1,0 +1,53 @@
+"""MultiMat: contrastive pretraining of the structure encoder against text (Moro et al. 2024; CAST, section 4.3.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from castbench.models.base import Network, Outcome
+from castbench.models.batch import Batch
+from castbench.models.cogn import CoGN, StructureOnly
+from castbench.models.heads import dense
+from castbench.models.text import TextEncoder
+
+
+def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
+    """Symmetric InfoNCE of paired vectors (B, d): each row of one has to find its partner among the rows of the other."""
+    similarity = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature
+    partner = torch.arange(len(a), device=a.device)
+    loss = (
+        functional.cross_entropy(similarity, partner) + functional.cross_entropy(similarity.T, partner)
+    ) / 2
+    hits = (similarity.argmax(dim=1) == partner).sum() + (similarity.argmax(dim=0) == partner).sum()
+    return Outcome(loss, hits / 2, len(a))
+
+
+class ContrastivePretraining(Network):
+    """coGN's readout against an MLP on the [CLS] state of the frozen text encoder, in one space."""
+
+    def __init__(self, architecture: dict[str, Any], encoder: Path):
+        super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora=None))
+        hidden = architecture["contrastive"]["hidden"]
+        self.temperature: float = architecture["contrastive"]["temperature"]
+        self.project_text = nn.Sequential(
+            dense(self.text.width, hidden),
+            nn.ReLU(),
+            dense(hidden, hidden),
+            nn.ReLU(),
+            dense(hidden, self.cogn.width),
+        )
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Loss over the batch; `correct` counts crystals that find their text and texts that find their crystal."""
+        return info_nce(self.cogn(batch), self.project_text(self.text.cls(batch)), self.temperature)
+
+
+class MultiMat(StructureOnly):
+    """coGN that starts from contrastive pretraining, with a linear head; reads no text itself."""
+
+    pretrained = ("cogn",)

@@ -1,0 +1,41 @@
+"""The small layers that models share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def dense(n_in: int, n_out: int) -> nn.Linear:
+    """A linear layer with Glorot-uniform weights and zero bias, as coGN's (Keras) and the transformer's."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Regression(nn.Sequential):
+    """One linear layer (B, d) -> (B,): the paper's regression block (CAST, 4.3.1)."""
+
+    def __init__(self, width: int):
+        super().__init__(dense(width, 1))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Standardised predictions (B,)."""
+        return super().forward(pooled).squeeze(-1)
+
+
+class ProjectionHead(nn.Module):
+    """CrysMMNet's projection of one modality (B, n_in) -> (B, width): a residual two-layer block with LayerNorm."""
+
+    def __init__(self, n_in: int, width: int, dropout: float):
+        super().__init__()
+        self.project = dense(n_in, width)
+        self.refine = dense(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projected vectors (B, width)."""
+        projected = self.project(x)
+        return self.norm(projected + self.dropout(self.refine(functional.gelu(projected))))

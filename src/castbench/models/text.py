@@ -1,0 +1,160 @@
+"""The text encoder in a model: cached states as they are (frozen), or its upper layers tuned with LoRA.
+
+The frozen weights never see dropout, so that their part of the network is one fixed function; only LoRA's own dropout
+is active in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from castbench.errors import InputError
+from castbench.models.base import Network
+from castbench.models.batch import Batch, pad, unpad
+from castbench.models.heads import Regression
+
+if TYPE_CHECKING:
+    from castbench.text.encoders import LayeredEncoder
+
+BUCKET = 8  # texts of similar length that run together: long ones do not pad short ones
+
+
+class TextEncoder(nn.Module):
+    """Token states (T, width) or [CLS] states (B, width) of a text encoder.
+
+    Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded. With
+    `lora` {rank, alpha, dropout, layers}, it starts from cached states below the top `layers` layers, or from token
+    ids where that is all of them, and adapts query and value of those layers.
+
+    Raises:
+        InputError: `layers` is neither "all" nor between 1 and the number of layers.
+    """
+
+    def __init__(self, encoder: Path, lora: dict[str, Any] | None):
+        super().__init__()
+        config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+        self.width: int = config["hidden_size"]
+        self.n_layers: int = config["num_hidden_layers"]
+        self.start_layer = (
+            self.n_layers if lora is None else self.n_layers - adapted_layers(lora, self.n_layers)
+        )
+        self.mode = "frozen" if lora is None else "lora"
+        self.needs = {"token_states"} if self.start_layer else {"token_ids"}
+        self.encoder = None if lora is None else load_with_lora(encoder, lora, self.start_layer)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Training mode for LoRA's dropout alone."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+            for name, module in self.encoder.named_modules():
+                if "lora_dropout" in name:
+                    module.train(mode)
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """States of all tokens (T, width)."""
+        if self.encoder is None:
+            return batch.token_states
+        states, places = [], []
+        for _, rows, offsets in buckets(batch.token_offsets):
+            hidden_BTd, _ = self._run(batch, rows, offsets, self.n_layers)
+            states.append(unpad(hidden_BTd, offsets))
+            places.append(rows)
+        return torch.cat(states).index_select(0, torch.cat(places).argsort())
+
+    def cls(self, batch: Batch) -> Tensor:
+        """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
+        if self.encoder is None:
+            return batch.token_states.index_select(0, batch.token_offsets[:-1])
+        states, places = [], []
+        for crystals, rows, offsets in buckets(batch.token_offsets):
+            hidden_BTd, mask_BT = self._run(batch, rows, offsets, self.n_layers - 1)
+            states.append(first_token(self.encoder.layers[-1], hidden_BTd, mask_BT))
+            places.append(crystals)
+        return torch.cat(states).index_select(0, torch.cat(places).argsort())
+
+    def _run(self, batch: Batch, rows: Tensor, offsets: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        """Padded states (b, t, width) and mask (b, t) of some texts after the layers below `stop`."""
+        if self.start_layer:
+            hidden_BTd, mask_BT = pad(batch.token_states.index_select(0, rows), offsets)
+        else:
+            ids_BT, mask_BT = pad(batch.token_ids.index_select(0, rows), offsets)
+            hidden_BTd = self.encoder.embed(ids_BT)
+        return self.encoder.run(hidden_BTd, mask_BT, self.start_layer, stop), mask_BT
+
+
+def buckets(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Groups of texts of similar length: their indices (b,), their token rows (r,) and own offsets (b + 1,)."""
+    lengths = offsets.diff()
+    for texts in lengths.argsort(stable=True).split(BUCKET):
+        own = functional.pad(lengths[texts].cumsum(0), (1, 0))
+        shift = torch.repeat_interleave(offsets[texts] - own[:-1], lengths[texts])
+        yield texts, torch.arange(len(shift), device=shift.device) + shift, own
+
+
+def first_token(layer: nn.Module, hidden_BTd: Tensor, mask_BT: Tensor) -> Tensor:
+    """Output (B, d) of a BERT layer at the first token: one query, keys and values of all tokens."""
+    attention, first_B1d = layer.attention.self, hidden_BTd[:, :1]
+
+    def heads(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    context_BH1d = functional.scaled_dot_product_attention(
+        heads(attention.query(first_B1d)),
+        heads(attention.key(hidden_BTd)),
+        heads(attention.value(hidden_BTd)),
+        attn_mask=mask_BT[:, None, None, :],
+    )
+    attended_B1d = layer.attention.output(context_BH1d.transpose(1, 2).flatten(2), first_B1d)
+    return layer.feed_forward_chunk(attended_B1d).squeeze(1)
+
+
+def adapted_layers(lora: dict[str, Any], n_layers: int) -> int:
+    """Number of upper layers that LoRA adapts.
+
+    Raises:
+        InputError: `layers` is neither "all" nor between 1 and `n_layers`.
+    """
+    layers = n_layers if lora["layers"] == "all" else lora["layers"]
+    if not isinstance(layers, int) or not 1 <= layers <= n_layers:
+        raise InputError(f"architecture.lora.layers: {layers}; write all or a number from 1 to {n_layers}")
+    return layers
+
+
+def load_with_lora(folder: Path, lora: dict[str, Any], start_layer: int) -> LayeredEncoder:
+    """The encoder, frozen, with LoRA on query and value of the layers from `start_layer` on."""
+    # Late imports: seconds that models on cached states need not spend.
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from castbench.text.encoders import LayeredEncoder
+
+    encoder = LayeredEncoder.from_folder(folder).requires_grad_(False)
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=["query", "value"],
+        layers_to_transform=list(range(start_layer, encoder.n_layers)),
+        layers_pattern="layers",
+    )
+    return inject_adapter_in_model(config, encoder)
+
+
+class TextOnly(Network):
+    """The text encoder tuned with LoRA, and a linear head on [CLS]; reads no graph."""
+
+    def __init__(self, architecture: dict[str, Any], encoder: Path):
+        super().__init__(text=TextEncoder(encoder, architecture["lora"]))
+        self.head = Regression(self.text.width)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Standardised predictions (B,)."""
+        return self.head(self.text.cls(batch))
