@@ -1,0 +1,1 @@
+"""Materials: crystals with their labels, collected from a source, filtered, split."""

@@ -1,0 +1,180 @@
+"""Collecting materials: the sources, and the checks that every record of any source passes."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from castbench.errors import InputError
+from castbench.materials.readers import BATCH, Record, fingerprint, read_records
+from castbench.materials.records import LABELS, SCHEMA, Columns, Material, to_table
+from castbench.materials.structures import RecordError
+from castbench.provenance import atomic_path, write_json
+
+log = logging.getLogger(__name__)
+LISTED = 1_000  # rejected records that the manifest names; all are counted, and all are logged
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and where they come from.
+
+    Attributes:
+        origin: what the `origin` column says where the record does not.
+        records: pairs of a name for messages and a record, or a RecordError in its place.
+        columns: our column -> path in a record.
+        files: entries of the manifest: path, bytes, sha256.
+    """
+
+    origin: str
+    records: Iterable[Record]
+    columns: Mapping[str, str]
+    files: list[dict[str, Any]]
+    licence: str | None = None
+    citation: str | None = None
+
+
+def open_demo(settings: Mapping[str, Any]) -> Source:
+    """The bundled crystals, whose labels this project computed."""
+    path = source_path(settings)
+    return Source(
+        origin="demo",
+        records=read_records(path),
+        columns={},
+        files=[fingerprint(path)],
+        licence="CC0-1.0",
+        citation="castbench demo crystals (GPAW, PBE), workflow/resources/demo/README.md",
+    )
+
+
+def open_local(settings: Mapping[str, Any]) -> Source:
+    """A file or folder of the user's own."""
+    path = source_path(settings)
+    return Source(
+        origin=f"local:{path.name}",
+        records=read_records(path),
+        columns=settings.get("columns") or {},
+        files=[fingerprint(path)],
+    )
+
+
+def source_path(settings: Mapping[str, Any]) -> Path:
+    """The file or folder to read, which must exist."""
+    if not settings.get("path"):
+        raise InputError("materials.path: is not set; name the file or folder of your crystals")
+    path = Path(settings["path"])
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder; correct materials.path")
+    return path
+
+
+# A new source is a function of the settings and a line here.
+SOURCES: dict[str, Callable[[Mapping[str, Any]], Source]] = {"demo": open_demo, "local": open_local}
+
+
+@dataclass
+class Tally:
+    """What became of the records."""
+
+    read: int = 0
+    kept: int = 0
+    by_reason: Counter[str] = field(default_factory=Counter)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    missing: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, name: str, material: Material) -> None:
+        """Count a material and the labels that it lacks; the first impossible one of a column gets a line."""
+        self.kept += 1
+        self.missing.update(label for label, value in material.labels.items() if value is None)
+        for label in material.invalid:
+            if not self.invalid[label]:
+                log.warning(
+                    "%s: %s is no possible number; taken as missing, like others of its kind", name, label
+                )
+            self.invalid[label] += 1
+
+    def reject(self, name: str, error: RecordError) -> None:
+        """Count a record that is left out, and say so in one line."""
+        log.warning("%s: %s (%s); left out", name, error.reason, error.detail)
+        self.by_reason[error.reason] += 1
+        if len(self.rejected) < LISTED:
+            self.rejected.append({"record": name, "reason": error.reason, "detail": error.detail})
+
+
+def collect_materials(settings: dict[str, Any], output: Path, manifest: Path) -> None:
+    """Read a source, check every record, and write the good ones and an account of all.
+
+    Args:
+        settings: `source`, `path`, `columns` of the configuration's `materials`.
+        output: Parquet file to write, in the order of the source, in row groups of 1,000.
+        manifest: JSON file to write: files with hashes, counts, rejected records by reason, labels by column.
+
+    Raises:
+        InputError: the source cannot be read, its mapping does not fit, or no record is usable.
+    """
+    source = SOURCES[settings["source"]](settings)
+    columns, tally = Columns(source.columns), Tally()
+    materials = check_records(source, columns, tally)
+    with atomic_path(output) as partial:
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            while batch := list(islice(materials, BATCH)):
+                writer.write_table(to_table(batch))
+        if not tally.read:
+            raise InputError(f"{source.origin}: has no records; check materials.path")
+        if not tally.kept:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in tally.by_reason.most_common())
+            raise InputError(f"{source.origin}: no record is usable ({reasons}); see the warnings above")
+        columns.check_found()
+    write_json(
+        manifest,
+        {
+            "source": settings["source"],
+            "files": source.files,
+            "columns": dict(source.columns),
+            "n_read": tally.read,
+            "n_kept": tally.kept,
+            "rejected": tally.rejected,
+            "by_reason": dict(tally.by_reason),
+            "labels": {
+                label: {
+                    "present": tally.kept - tally.missing[label],
+                    "missing": tally.missing[label],
+                    "invalid": tally.invalid[label],  # among the missing
+                }
+                for label in LABELS
+            },
+            "licence": source.licence,
+            "citation": source.citation,
+        },
+    )
+    log.info("%s: kept %d of %d records", source.origin, tally.kept, tally.read)
+
+
+def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Material]:
+    """Iterate over the usable materials of a source; the others are counted. Of equal ids the first stays."""
+    seen: dict[str, bytes] = {}
+    for name, record in source.records:
+        tally.read += 1
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            material = columns.read(record, name, source.origin)
+            digest = material.digest()
+            known = seen.setdefault(material.material_id, digest)
+            if known is not digest:
+                if known == digest:
+                    raise RecordError("repeated record", f"{material.material_id} is there already, the same")
+                raise RecordError(
+                    "duplicate id", f"another crystal or label is called {material.material_id}"
+                )
+        except RecordError as error:
+            tally.reject(name, error)
+            continue
+        tally.keep(name, material)
+        yield material
