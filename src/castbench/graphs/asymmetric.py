@@ -1,7 +1,8 @@
-"""The asymmetric unit of a crystal: one atom for each set of symmetry-equivalent atoms (Ruff et al., coGN, sec. 3)."""
+"""The asymmetric unit of a crystal: one atom of each set of equivalent atoms (spec/models.md 1.1)."""
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import spglib
@@ -33,7 +34,7 @@ class AsymmetricUnit:
 def asymmetric_unit(
     lattice: np.ndarray, positions: np.ndarray, atomic_numbers: np.ndarray, symprec: float
 ) -> AsymmetricUnit:
-    """Orbits of the idealised conventional cell; the input cell as it is, each atom an orbit, where spglib fails.
+    """Orbits of the idealised conventional cell; where spglib fails, each atom of the input cell is an orbit.
 
     The idealised cell makes symmetry-equal distances equal to rounding error, so that shells of neighbours
     are told apart exactly, and does not depend on which cell of the crystal was given.
@@ -49,7 +50,8 @@ def asymmetric_unit(
     """
     dataset = None
     with suppress(spglib.SpglibError):  # spglib before 2.9 returns None instead
-        dataset = spglib.get_symmetry_dataset((lattice, positions, atomic_numbers), symprec=symprec)
+        cell: Any = (lattice, positions, atomic_numbers)  # spglib's hints know lists only
+        dataset = spglib.get_symmetry_dataset(cell, symprec=symprec)
     if dataset is None:
         n = len(atomic_numbers)
         everyone, ones = np.arange(n), np.ones(n, dtype=int)

@@ -19,13 +19,14 @@ from castbench.graphs.neighbours import crystal_graph
 from castbench.graphs.packed import PackedGraphs, PackedWriter, Result
 from castbench.provenance import sha256_file
 
+Chunk = tuple[list[str], list[Result]]
 CHUNK = 128  # crystals that a worker takes at once
 ATOMIC_NUMBERS = {element.symbol: element.Z for element in Element}
 log = logging.getLogger(__name__)
 
 
 def build_graphs(settings: dict[str, Any], materials: Path, output: Path, threads: int) -> None:
-    """Write `output`, a `PackedGraphs` folder whose rows are those of `materials`, unless it is there already.
+    """Write `output`, a `PackedGraphs` folder with the rows of `materials`, unless it is there already.
 
     A crystal that has no graph gets a warning, a status, and no nodes; the others go on.
 
@@ -61,7 +62,7 @@ def _is_current(folder: Path, settings: dict[str, Any], source: str) -> bool:
         return False
 
 
-def _chunks(settings: dict[str, Any], materials: Path, threads: int) -> Iterator[tuple[list[str], list[Result]]]:
+def _chunks(settings: dict[str, Any], materials: Path, threads: int) -> Iterator[Chunk]:
     """Material ids and results of each chunk of rows, in order; a bounded number of chunks is held."""
     file = pq.ParquetFile(materials)
     batches = file.iter_batches(CHUNK, columns=["material_id", "structure"])
@@ -70,7 +71,7 @@ def _chunks(settings: dict[str, Any], materials: Path, threads: int) -> Iterator
         return
     # Not forked: Arrow's threads do not survive it.
     with ProcessPoolExecutor(threads, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[tuple[list[str], list[Result]]]] = deque()
+        pending: deque[Future[Chunk]] = deque()
         for batch in batches:
             pending.append(pool.submit(graphs_of, batch, settings))
             if len(pending) > 2 * threads:
@@ -79,10 +80,10 @@ def _chunks(settings: dict[str, Any], materials: Path, threads: int) -> Iterator
             yield pending.popleft().result()
 
 
-def graphs_of(materials: pa.RecordBatch, settings: dict[str, Any]) -> tuple[list[str], list[Result]]:
+def graphs_of(materials: pa.RecordBatch, settings: dict[str, Any]) -> Chunk:
     """Material ids, and of each the graph or the reason that there is none."""
-    rows = materials.to_pylist()
-    return [row["material_id"] for row in rows], [_graph_or_reason(row["structure"], settings) for row in rows]
+    results = [_graph_or_reason(structure, settings) for structure in materials["structure"].to_pylist()]
+    return materials["material_id"].to_pylist(), results
 
 
 def _graph_or_reason(structure: dict[str, Any], settings: dict[str, Any]) -> Result:

@@ -7,15 +7,15 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from castbench.graphs.asymmetric import asymmetric_unit
 
-# Distances closer than this are one shell, angstrom. Symmetry-equal distances of an idealised cell differ by 1e-12;
-# the reference takes 1e-9, at which the rounding of printed coordinates decides about accidental ties.
+# Distances closer than this are one shell, angstrom. In an idealised cell symmetry-equal distances differ by
+# 1e-12; with the reference's 1e-9, rounded input decides about ties that symmetry does not enforce.
 TIE = 1e-6
 PERIODIC = np.ones(3, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class CrystalGraph:
-    """Asymmetric-unit graph of n nodes and e edges that point from a neighbour (source) to its centre (target).
+    """Asymmetric-unit graph of n nodes and e edges, from a neighbour (source) to a centre (target).
 
     Attributes:
         atomic_numbers: (n,) uint8.
@@ -50,7 +50,7 @@ def nearest_neighbours(
         k: neighbours wanted.
 
     Returns:
-        Row of `centres`, neighbouring atom (both int) and distance (angstrom, float64) of each pair, all (p,).
+        Of each of p pairs: row of `centres`, neighbouring atom (both int), distance (float64, angstrom).
     """
     volume = abs(np.linalg.det(lattice))
     atoms = np.ascontiguousarray(positions @ lattice)
@@ -81,13 +81,14 @@ def crystal_graph(
     neighbours: int = 24,
     symprec: float = 1e-4,
 ) -> CrystalGraph:
-    """Build coGN's graph of a crystal (Ruff et al., coGN; reference: kgcnn 3.0.0, KNN asymmetric-unit cell, k = 24).
+    """Build coGN's graph of a crystal (reference: kgcnn 3.0.0, KNN asymmetric-unit cell).
 
-    Only atoms of the asymmetric unit receive edges: all atoms of an orbit see the same surroundings, hence have
-    the same state, and the mean over nodes weighted by multiplicity equals the mean over the whole cell.
+    Only atoms of the asymmetric unit receive edges: all atoms of an orbit see the same surroundings, hence
+    have the same state, and the mean over nodes weighted by multiplicity is the mean over the whole cell.
 
-    A message depends on (source, target, distance) alone and messages are summed, so edges equal in all three
-    are stored once with their count; weighting each message by it gives the sum over the reference's multigraph.
+    A message depends on (source, target, distance) alone and messages are summed, so edges equal in all
+    three are stored once with their count: messages weighted by it add up to those of the reference's
+    multigraph.
 
     Args:
         lattice: (3, 3) row vectors, angstrom.
@@ -97,16 +98,20 @@ def crystal_graph(
         symprec: distance tolerance of the symmetry search, angstrom.
 
     Raises:
-        ValueError: the cell is empty or flat, a number is not finite, or two atoms are closer than `symprec`.
+        ValueError: the cell is empty or flat, lengths differ, a number is not finite, or two atoms are
+            closer than `symprec`.
     """
     if not len(atomic_numbers):
         raise ValueError("no atoms")
+    if len(positions) != len(atomic_numbers):
+        raise ValueError("species and coordinates are of different lengths")
     if not (np.isfinite(lattice).all() and np.isfinite(positions).all()):
         raise ValueError("lattice or coordinates are not finite")
     if abs(np.linalg.det(lattice)) < 1e-3:
         raise ValueError("the cell has no volume")
     unit = asymmetric_unit(lattice, positions, atomic_numbers, symprec)
-    target, atom, distance = nearest_neighbours(unit.lattice, unit.positions, unit.representatives, neighbours)
+    centres = unit.representatives
+    target, atom, distance = nearest_neighbours(unit.lattice, unit.positions, centres, neighbours)
     if distance.min() < symprec:
         raise ValueError("two atoms are in one place")
     source = unit.orbits[atom]

@@ -36,7 +36,9 @@ INDEX = pa.schema(
     ]
 )
 LENGTHS = (
-    dict.fromkeys(OFFSETS, "n_graphs") | dict.fromkeys(NODE_ARRAYS, "n_nodes") | dict.fromkeys(EDGE_ARRAYS, "n_edges")
+    dict.fromkeys(OFFSETS, "n_graphs")
+    | dict.fromkeys(NODE_ARRAYS, "n_nodes")
+    | dict.fromkeys(EDGE_ARRAYS, "n_edges")
 )
 Result = CrystalGraph | str  # a graph, or why there is none
 
@@ -47,7 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no finished graphs (manifest.json is missing); run build_graphs") from error
+        raise InputError(f"{folder}: no manifest.json, so no finished graphs; build them again") from error
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); build the graphs again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -60,7 +62,8 @@ class GrowingArray:
 
     def __init__(self, path: Path, dtype: type):
         self.dtype, self.length = np.dtype(dtype), 0
-        self.handle: BinaryIO = path.open("wb")
+        path.unlink(missing_ok=True)  # who has mapped the old file keeps it whole
+        self.handle: BinaryIO = path.open("xb")
         self._header()
 
     def _header(self) -> None:
@@ -138,7 +141,7 @@ class PackedWriter:
         n_graphs = self.arrays["node_offsets"].length - 1
         n_ok = max(n_graphs - self.n_failed, 1)
         mean = self.n_nodes / n_ok  # over the crystals that have a graph
-        files = {f"{name}.npy" for name in ARRAYS} | {"index.parquet"}
+        files = [*(f"{name}.npy" for name in ARRAYS), "index.parquet"]
         manifest = self.made_from | {
             "format": FORMAT,
             "n_graphs": n_graphs,
@@ -149,8 +152,8 @@ class PackedWriter:
             "nodes_mean": mean,
             "nodes_std": max(self.nodes_squared / n_ok - mean**2, 0.0) ** 0.5,
             "files": {
-                name: {"bytes": (self.folder / name).stat().st_size, "sha256": sha256_file(self.folder / name)}
-                for name in sorted(files)
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for path in (self.folder / name for name in files)
             },
         }
         write_json(self.folder / "manifest.json", manifest)
@@ -208,7 +211,8 @@ class PackedGraphs:
                 raise InputError(f"{folder / name}.npy: {error}; build the graphs again") from error
             length = manifest[LENGTHS[name]] + (name in OFFSETS)
             if arrays[name].shape != (length,) or arrays[name].dtype != dtype:
-                raise InputError(f"{folder / name}.npy: not {length} values of {dtype.__name__}; build the graphs again")
+                wanted = f"{length} values of {dtype.__name__}"
+                raise InputError(f"{folder / name}.npy: not {wanted}; build the graphs again")
         return cls(folder, manifest, **arrays)
 
     @property
@@ -217,7 +221,7 @@ class PackedGraphs:
         return len(self.node_offsets) - 1
 
     def index(self) -> pa.Table:
-        """Columns material_id, status ("ok" or "failed: why"), n_nodes, n_edges, spacegroup; one row a crystal."""
+        """One row a crystal: material_id, status ("ok" or "failed: why"), n_nodes, n_edges, spacegroup."""
         return pq.read_table(self.folder / "index.parquet")
 
     def __len__(self) -> int:

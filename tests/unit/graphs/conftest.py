@@ -30,7 +30,7 @@ def prototypes() -> dict[str, Structure]:
             186, Lattice.hexagonal(3.25, 5.2), ["Zn", "O"], [[1 / 3, 2 / 3, 0], [1 / 3, 2 / 3, 0.382]]
         ),
         "quartz": Structure.from_spacegroup(
-            154, Lattice.hexagonal(4.916, 5.405), ["Si", "O"], [[0.4697, 0, 0], [0.4135, 0.2669, 0.1191]]
+            154, Lattice.hexagonal(4.916, 5.405), ["Si", "O"], [[0.4697, 0, 2 / 3], [0.4135, 0.2669, 0.7858]]
         ),
     }
 
@@ -48,9 +48,9 @@ def graph_of() -> Callable[..., CrystalGraph]:
 
 @pytest.fixture(scope="session")
 def edges_of() -> Callable[[CrystalGraph], np.ndarray]:
-    """Edges as the reference has them, as sorted rows: elements of source and target, their multiplicities, distance.
+    """Edges as sorted rows: elements of source and target, their shares of the cell, distance.
 
-    Parallel edges are expanded. Multiplicities are shares of the cell, so that the choice of cell does not matter.
+    Parallel edges are expanded, as the reference has them.
     """
 
     def edges(graph: CrystalGraph) -> np.ndarray:
@@ -68,12 +68,16 @@ def edges_of() -> Callable[[CrystalGraph], np.ndarray]:
 
 @pytest.fixture
 def write_materials(tmp_path: Path) -> Callable[..., Path]:
-    """Write (id, lattice, species, fractional coordinates) as a materials.parquet of the columns that graphs read."""
+    """Write rows (id, lattice, species, fractional coordinates) as the columns that graphs read."""
 
     def write(rows: Sequence[tuple[str, Any, list[str], Any]], name: str = "materials.parquet") -> Path:
         structures = [
-            {"lattice": np.ravel(lattice).tolist(), "species": species, "frac_coords": np.ravel(positions).tolist()}
-            for _, lattice, species, positions in rows
+            {
+                "lattice": np.ravel(cell).tolist(),
+                "species": species,
+                "frac_coords": np.ravel(positions).tolist(),
+            }
+            for _, cell, species, positions in rows
         ]
         number = pa.list_(pa.float64())
         structure = pa.struct({"lattice": number, "species": pa.list_(pa.string()), "frac_coords": number})

@@ -6,7 +6,8 @@ from castbench.graphs.asymmetric import AsymmetricUnit, asymmetric_unit
 
 
 def unit_of(structure: Structure) -> AsymmetricUnit:
-    return asymmetric_unit(structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers), 1e-4)
+    numbers = np.array(structure.atomic_numbers)
+    return asymmetric_unit(structure.lattice.matrix, structure.frac_coords, numbers, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +43,8 @@ def test_the_conventional_cell_is_used_whatever_cell_is_given(prototypes, name):
 
 
 def test_equivalent_elements_on_inequivalent_sites_stay_apart():
-    spinel = Structure.from_spacegroup(
-        227, Lattice.cubic(8.08), ["Mg", "Al", "O"], [[0, 0, 0], [0.625, 0.625, 0.625], [0.3875, 0.3875, 0.3875]]
-    )
+    sites = [[0, 0, 0], [0.625, 0.625, 0.625], [0.3875, 0.3875, 0.3875]]
+    spinel = Structure.from_spacegroup(227, Lattice.cubic(8.08), ["Mg", "Al", "O"], sites)
     spinel.replace_species({"Al": "Mg"})
     unit = unit_of(spinel)
     assert sorted(zip(unit.atomic_numbers.tolist(), unit.multiplicities.tolist(), strict=True)) == [
@@ -53,7 +53,7 @@ def test_equivalent_elements_on_inequivalent_sites_stay_apart():
 
 
 def test_a_nearly_cubic_cell_keeps_its_shape():
-    # On purpose unlike the reference, whose angle tolerance of 5 degrees makes this cubic, 0.05 cubic angstrom larger.
+    # Unlike the reference on purpose: its angle tolerance of 5 degrees makes this cubic, and larger.
     sheared = Structure(Lattice.from_parameters(3, 3, 3, 88, 88, 88), ["Po"], [[0, 0, 0]])
     unit = unit_of(sheared)
     assert unit.spacegroup == 166
@@ -70,7 +70,7 @@ def test_distortions_within_symprec_are_smoothed_out(prototypes):
 
 def test_without_symmetry_the_input_cell_is_used_as_it_is():
     lattice = np.array([[3.0, 0, 0], [0.2, 4, 0], [0.1, 0.3, 5]])
-    positions = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.30001], [1.6, -0.3, 0.8]])  # spglib refuses the first two
+    positions = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.30001], [1.6, -0.3, 0.8]])  # spglib refuses it
     unit = asymmetric_unit(lattice, positions, np.array([6, 6, 7]), 1e-4)
     assert unit.spacegroup == 1
     assert unit.multiplicities.tolist() == [1, 1, 1]
