@@ -42,7 +42,7 @@ def test_every_run_is_in_the_tables(finished: Path):
     expected = {(t, m, s) for t in ("total_energy", "log_bulk_modulus") for m in MODELS for s in ("0", "1")}
     assert {(run["target"], run["model"], run["seed"]) for run in runs} == expected
     assert {run["status"] for run in runs} == {"finished"}
-    assert all(float(run["test_mae"]) > 0 for run in runs)
+    assert all(float(run["mae"]) > 0 for run in runs)
     with (finished / "results/smoke/tables/table1.csv").open() as handle:
         assert {row["model"] for row in csv.DictReader(handle)} >= set(MODELS)
 

@@ -37,6 +37,35 @@ RUN_FILES = [
     "model.safetensors",
 ]
 PRETRAINING_FILES = [file for file in RUN_FILES if file != "predictions.parquet"]
+TABLES = [
+    "table1.csv",
+    "table1.md",
+    "table1.tex",
+    "table2.csv",
+    "comparisons.csv",
+    "pretraining.csv",
+    "runs.csv",
+    "runs.jsonl",
+]
+# file name: title in Snakemake's report; captions stand in workflow/report/
+DATASET_FIGURES = {
+    "dataset_funnel": "What the filters removed",
+    "target_histograms": "Distribution of the targets",
+    "token_lengths": "Length of the descriptions",
+}
+RESULT_FIGURES = {
+    "results_by_seed": "Test error of every seed",
+    "learning_curves": "Learning curves",
+    "parity": "Predicted against true",
+    "error_by_crystal_system": "Error by crystal system",
+    "error_by_sites": "Error by number of sites",
+    "cost": "Parameters, time and memory",
+}
+ATTENTION_FIGURES = {
+    "attention_maps": "Cross-attention of one crystal (Figure 2)",
+    "attention_heads": "Cross-attention by head",
+    "attention_similarity": "Similarity of the nodes' attention (Figure 3)",
+}
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))
 SHARDS = range(config["text"]["shards"])
@@ -137,18 +166,25 @@ def all_pretraining_metrics(wildcards):
     )
 
 
+def figures(wildcards):
+    """Every figure of the report; those of attention where CAST is trained with and without pretraining."""
+    names = [*DATASET_FIGURES, *RESULT_FIGURES]
+    if {"cast", "cast_scratch"} <= set(config["models"]):
+        names += ATTENTION_FIGURES
+    return expand(
+        "results/{dataset}/figures/{name}.svg", dataset=wildcards.dataset, name=names
+    )
+
+
 def attention_inputs(wildcards):
-    """Runs and caches that the attention figures need; none where CAST is not among the models."""
-    models = [model for model in ("cast_scratch", "cast") if model in config["models"]]
-    if not models:
-        return {}
-    inputs = text_inputs(models[0], wildcards)
+    """Runs and caches that the attention figures need."""
+    inputs = text_inputs("cast", wildcards)
     inputs["graphs"] = f"results/{wildcards.dataset}/graphs/manifest.json"
     inputs["runs"] = expand(
         "results/{dataset}/runs/{target}/{model}/{seed}/model.safetensors",
         dataset=wildcards.dataset,
         target=config["attention"]["target"],
-        model=models,
+        model=["cast_scratch", "cast"],
         seed=config["training"]["seeds"][0],
     )
     return inputs

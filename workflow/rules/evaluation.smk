@@ -58,13 +58,10 @@ rule aggregate_runs:
             caption="../report/table2.rst",
             labels={"item": "Table 2: data statistics"},
         ),
-        multiext("results/{dataset}/tables/table1", ".md", ".tex"),
-        multiext("results/{dataset}/tables/runs", ".csv", ".jsonl"),
-        "results/{dataset}/tables/pretraining.csv",
-    log:
-        "results/{dataset}/logs/aggregate_runs.log",
-    conda:
-        "../../envs/report.yaml"
+        expand(
+            "results/{{dataset}}/tables/{name}",
+            name=[t for t in TABLES if t not in ("table1.csv", "table2.csv")],
+        ),
     params:
         settings=settings(
             "dataset",

@@ -1,5 +1,121 @@
 """Figures and the report.
 
-Input: tables/, attention/, run folders, caches' manifests.
+Input: tables/, attention/, run folders, the caches' manifests.
 Output: figures/, report.html.
 """
+
+
+localrules:
+    plot_dataset,
+    plot_results,
+    plot_attention,
+    render_report,
+
+
+rule plot_dataset:
+    """Funnel, target histograms, token lengths."""
+    input:
+        splits=expand(
+            "results/{{dataset}}/splits/{target}.json", target=config["targets"]
+        ),
+        materials=ancient("results/{dataset}/materials.parquet"),
+        funnel="results/{dataset}/funnel.json",
+        tokens="results/{dataset}/tokens/manifest.json",
+    output:
+        figures=[
+            report(
+                f"results/{{dataset}}/figures/{name}.svg",
+                category="2 Data",
+                caption=f"../report/{name}.rst",
+                labels={"item": title},
+            )
+            for name, title in DATASET_FIGURES.items()
+        ],
+        pixels=expand("results/{{dataset}}/figures/{name}.png", name=DATASET_FIGURES),
+    log:
+        "results/{dataset}/logs/plot_dataset.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=settings("dataset", "materials.source", "targets"),
+    shell:
+        "python -m castbench plot_dataset --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output results/{wildcards.dataset}/figures --log {log}"
+
+
+rule plot_results:
+    """Seeds, learning curves, parity, errors by group, cost."""
+    input:
+        tables="results/{dataset}/tables/table1.csv",
+        runs="results/{dataset}/tables/runs.csv",
+        materials=ancient("results/{dataset}/materials.parquet"),
+    output:
+        figures=[
+            report(
+                f"results/{{dataset}}/figures/{name}.svg",
+                category="1 Results",
+                caption=f"../report/{name}.rst",
+                labels={"item": title},
+            )
+            for name, title in RESULT_FIGURES.items()
+        ],
+        pixels=expand("results/{{dataset}}/figures/{name}.png", name=RESULT_FIGURES),
+    log:
+        "results/{dataset}/logs/plot_results.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=settings(
+            "dataset", "materials.source", "targets", "models", "training.seeds"
+        ),
+    shell:
+        "python -m castbench plot_results --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output results/{wildcards.dataset}/figures --log {log}"
+
+
+rule plot_attention:
+    """The paper's Figures 2 and 3."""
+    input:
+        maps="results/{dataset}/attention/maps.json",
+        similarity="results/{dataset}/attention/similarity.parquet",
+    output:
+        figures=[
+            report(
+                f"results/{{dataset}}/figures/{name}.svg",
+                category="3 Attention",
+                caption=f"../report/{name}.rst",
+                labels={"item": title},
+            )
+            for name, title in ATTENTION_FIGURES.items()
+        ],
+        pixels=expand("results/{{dataset}}/figures/{name}.png", name=ATTENTION_FIGURES),
+    log:
+        "results/{dataset}/logs/plot_attention.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=settings("dataset", "materials.source"),
+    shell:
+        "python -m castbench plot_attention --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output results/{wildcards.dataset}/figures --log {log}"
+
+
+rule render_report:
+    """One self-contained file with everything."""
+    input:
+        figures,
+        expand("results/{{dataset}}/tables/{name}", name=TABLES),
+        funnel="results/{dataset}/funnel.json",
+        descriptions="results/{dataset}/descriptions.json",
+        deviations="workflow/resources/deviations.yaml",
+    output:
+        "results/{dataset}/report.html",
+    log:
+        "results/{dataset}/logs/render_report.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=json.dumps(config, sort_keys=True),
+    shell:
+        "python -m castbench render_report --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output {output} --log {log}"
