@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from castbench.errors import InputError
-from castbench.text.encoders import slug
+from castbench.text import slug
 
 Config = dict[str, Any]
 
