@@ -2,9 +2,10 @@
 
     python tests/benchmarks/graphs.py [--crystals 200] [--reference PYTHON]
 
-PYTHON is the interpreter of an environment with the reference (tests/reference/make_cogn_graphs.py says how to
-make it); without it the alternative is the same steps with pymatgen: symmetry by SpacegroupAnalyzer, all neighbours
-within 10 angstrom of every atom of the refined cell, then the nearest 24. Times are CPU time of one process.
+PYTHON is the interpreter of an environment with the reference (tests/reference/make_cogn_graphs.py says how
+to make it). Without it the alternative is the same steps with pymatgen: symmetry by SpacegroupAnalyzer, all
+neighbours within 10 angstrom of every atom of the refined cell, then the nearest 24. Times are CPU time of one
+process.
 """
 
 import argparse
@@ -100,9 +101,8 @@ def main() -> None:
     parser.add_argument("--reference", help="python of an environment with kgcnn 3.0.0")
     arguments = parser.parse_args()
     alternative = "kgcnn 3.0.0" if arguments.reference else "pymatgen"
-    print(
-        f"{'crystals':10} {'n':>5} {'code':12} {'median ms':>10} {'mean ms':>9} {'max ms':>8} {'per second':>11}"
-    )
+    columns = "{:10} {:>5} {:12} {:>10} {:>8} {:>8} {:>11}"
+    print(columns.format("crystals", "n", "code", "median ms", "mean ms", "max ms", "per second"))
     means = {"castbench": [], alternative: []}
     for name in ROWS:
         structures = crystals(name, arguments.crystals)
