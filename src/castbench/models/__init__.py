@@ -50,11 +50,9 @@ def load_pretrained(model: Network, state: dict[str, Tensor]) -> None:
     """
     own = model.trained_state()
     shared = {name for name in own if name.split(".")[0] in model.pretrained}
-    model.load_trained_state(
-        {name: state[name] if name in shared & state.keys() else own[name] for name in own}
-    )
     if absent := sorted(shared - state.keys()):
         raise InputError(f"pretrained state: {absent[0]} is absent; pretrain with the settings of this model")
+    model.load_trained_state(own | {name: state[name] for name in shared})
 
 
 def _build(

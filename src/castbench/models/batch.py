@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+GROUP = 16  # crystals that are padded to one length together
 
 
 @dataclass(slots=True)
@@ -42,11 +45,17 @@ def segments(offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(offsets.diff())
 
 
-def _places(offsets: Tensor, width: int) -> Tensor:
-    """Flat positions (rows,) of the packed rows in a block of (B, width)."""
-    owner = segments(offsets)
-    first = owner * width - offsets[owner]
-    return first + torch.arange(len(owner), device=offsets.device)
+def rows_of(offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows (r,) of some crystals (b,), one crystal after the other, and their own offsets (b + 1,)."""
+    lengths = offsets.diff()[crystals]
+    own = functional.pad(lengths.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(offsets[crystals] - own[:-1], lengths)
+    return torch.arange(len(shift), device=shift.device) + shift, own
+
+
+def by_length(offsets: Tensor) -> tuple[Tensor, ...]:
+    """Crystals in groups of up to `GROUP` with about equally many rows, so that padding them costs little."""
+    return offsets.diff().argsort(stable=True).split(GROUP)
 
 
 def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,3 +71,9 @@ def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 def unpad(block: Tensor, offsets: Tensor) -> Tensor:
     """The real rows (R, ...) of a block (B, L, ...): the inverse of `pad`."""
     return block.flatten(0, 1).index_select(0, _places(offsets, block.shape[1]))
+
+
+def _places(offsets: Tensor, width: int) -> Tensor:
+    """Flat positions (rows,) of the packed rows in a block of (B, width)."""
+    owner = segments(offsets)
+    return torch.arange(len(owner), device=offsets.device) + (owner * width - offsets[owner])

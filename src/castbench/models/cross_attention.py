@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch, pad, unpad
+from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
 from castbench.models.cogn import CoGN
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, dense
@@ -26,7 +26,7 @@ from castbench.models.text import TextEncoder
 
 
 class CrossAttentionLayer(nn.Module):
-    """h + attention(norm(h), tokens), then h + feedforward(norm(h)), on packed nodes (nodes, n_node)."""
+    """h + attention(norm(h), tokens), then h + feedforward(norm(h)), on node states h (B, N, n_node)."""
 
     def __init__(self, n_node: int, n_text: int, heads: int, width: int, feedforward: int, dropout: float):
         super().__init__()
@@ -41,34 +41,23 @@ class CrossAttentionLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
-        """Node states (nodes, n_node) after attention to the token states (tokens, n_text) of their own text."""
-        q_BHNd, k_BHTd, v_BHTd, mask_BT = self._project(nodes, tokens, batch)
-        attended_BHNd = functional.scaled_dot_product_attention(
-            q_BHNd, k_BHTd, v_BHTd, attn_mask=mask_BT[:, None, None, :]
-        )
-        return self._add(nodes, attended_BHNd, batch)
+    def forward(
+        self, h_BND: Tensor, k_BTD: Tensor, v_BTD: Tensor, mask_BT: Tensor, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Node states after the layer; on demand also the attention weights (B, H, N, T), 0 at padded tokens."""
+        q_BHNd, k_BHTd, v_BHTd = map(self._split, (self.query(self.norm(h_BND)), k_BTD, v_BTD))
+        mask_B11T, weights_BHNT = mask_BT[:, None, None, :], None
+        if weights:
+            scores_BHNT = q_BHNd @ k_BHTd.mT / q_BHNd.shape[-1] ** 0.5
+            weights_BHNT = scores_BHNT.masked_fill(~mask_B11T, -torch.inf).softmax(dim=-1)
+            attended_BHNd = weights_BHNT @ v_BHTd
+        else:
+            attended_BHNd = functional.scaled_dot_product_attention(q_BHNd, k_BHTd, v_BHTd, mask_B11T)
+        h_BND = h_BND + self.dropout(self.output(attended_BHNd.transpose(1, 2).flatten(2)))
+        return h_BND + self.dropout(self.feedforward(h_BND)), weights_BHNT
 
-    def with_weights(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same by way of the attention weights (B, H, N, T), which come second: 0 at padded tokens."""
-        q_BHNd, k_BHTd, v_BHTd, mask_BT = self._project(nodes, tokens, batch)
-        scores_BHNT = q_BHNd @ k_BHTd.mT / q_BHNd.shape[-1] ** 0.5
-        weights_BHNT = scores_BHNT.masked_fill(~mask_BT[:, None, None, :], -torch.inf).softmax(dim=-1)
-        return self._add(nodes, weights_BHNT @ v_BHTd, batch), weights_BHNT
-
-    def _project(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, d), keys and values (B, H, T, d), and the mask (B, T) of real tokens."""
-        q, _ = pad(self.query(self.norm(nodes)), batch.node_offsets)
-        k, mask_BT = pad(self.key(tokens), batch.token_offsets)
-        v, _ = pad(self.value(tokens), batch.token_offsets)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return q, k, v, mask_BT
-
-    def _add(self, nodes: Tensor, attended_BHNd: Tensor, batch: Batch) -> Tensor:
-        """Both residual steps, given what the nodes attended to."""
-        attended = unpad(attended_BHNd.transpose(1, 2).flatten(2), batch.node_offsets)
-        nodes = nodes + self.dropout(self.output(attended))
-        return nodes + self.dropout(self.feedforward(nodes))
+    def _split(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Fusion(nn.ModuleList):
@@ -78,18 +67,22 @@ class Fusion(nn.ModuleList):
         super().__init__(CrossAttentionLayer(n_node, n_text, **sizes) for _ in range(layers))
 
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
-        """Node states (nodes, n_node) that have read the tokens (tokens, n_text)."""
-        for layer in self:
-            nodes = layer(nodes, tokens, batch)
-        return nodes
-
-    def with_weights(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """The same, and each layer's attention weights (B, H, N, T)."""
-        weights = []
-        for layer in self:
-            nodes, weights_BHNT = layer.with_weights(nodes, tokens, batch)
-            weights.append(weights_BHNT)
-        return nodes, weights
+        """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text) of their text."""
+        # Keys and values of all layers in one product: they depend on the text alone.
+        weight = torch.cat([part.weight for layer in self for part in (layer.key, layer.value)])
+        bias = torch.cat([part.bias for layer in self for part in (layer.key, layer.value)])
+        fused, places = [], []
+        for crystals in by_length(batch.token_offsets):
+            rows, node_offsets = rows_of(batch.node_offsets, crystals)
+            token_rows, token_offsets = rows_of(batch.token_offsets, crystals)
+            h_BND, _ = pad(nodes.index_select(0, rows), node_offsets)
+            tokens_BTD, mask_BT = pad(tokens.index_select(0, token_rows), token_offsets)
+            kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(2 * len(self), dim=-1)
+            for layer, k_BTD, v_BTD in zip(self, kv_BTD[::2], kv_BTD[1::2], strict=True):
+                h_BND, _ = layer(h_BND, k_BTD, v_BTD, mask_BT)
+            fused.append(unpad(h_BND, node_offsets))
+            places.append(rows)
+        return torch.cat(fused).index_select(0, torch.cat(places).argsort())
 
 
 class CrossAttentionNetwork(Network):

@@ -7,7 +7,6 @@ is active in training.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,11 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network
-from castbench.models.batch import Batch, pad, unpad
+from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
 from castbench.models.heads import Regression
 
 if TYPE_CHECKING:
     from castbench.text.encoders import LayeredEncoder
-
-BUCKET = 8  # texts of similar length that run together: long ones do not pad short ones
 
 
 class TextEncoder(nn.Module):
@@ -64,7 +61,8 @@ class TextEncoder(nn.Module):
         if self.encoder is None:
             return batch.token_states
         states, places = [], []
-        for _, rows, offsets in buckets(batch.token_offsets):
+        for texts in by_length(batch.token_offsets):
+            rows, offsets = rows_of(batch.token_offsets, texts)
             hidden_BTd, _ = self._run(batch, rows, offsets, self.n_layers)
             states.append(unpad(hidden_BTd, offsets))
             places.append(rows)
@@ -74,30 +72,20 @@ class TextEncoder(nn.Module):
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
         if self.encoder is None:
             return batch.token_states.index_select(0, batch.token_offsets[:-1])
-        states, places = [], []
-        for crystals, rows, offsets in buckets(batch.token_offsets):
-            hidden_BTd, mask_BT = self._run(batch, rows, offsets, self.n_layers - 1)
+        groups, states = by_length(batch.token_offsets), []
+        for texts in groups:
+            hidden_BTd, mask_BT = self._run(batch, *rows_of(batch.token_offsets, texts), self.n_layers - 1)
             states.append(first_token(self.encoder.layers[-1], hidden_BTd, mask_BT))
-            places.append(crystals)
-        return torch.cat(states).index_select(0, torch.cat(places).argsort())
+        return torch.cat(states).index_select(0, torch.cat(groups).argsort())
 
     def _run(self, batch: Batch, rows: Tensor, offsets: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """Padded states (b, t, width) and mask (b, t) of some texts after the layers below `stop`."""
+        """Padded states (B, T, width) and mask (B, T) of some texts after the layers below `stop`."""
         if self.start_layer:
             hidden_BTd, mask_BT = pad(batch.token_states.index_select(0, rows), offsets)
         else:
             ids_BT, mask_BT = pad(batch.token_ids.index_select(0, rows), offsets)
             hidden_BTd = self.encoder.embed(ids_BT)
         return self.encoder.run(hidden_BTd, mask_BT, self.start_layer, stop), mask_BT
-
-
-def buckets(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Groups of texts of similar length: their indices (b,), their token rows (r,) and own offsets (b + 1,)."""
-    lengths = offsets.diff()
-    for texts in lengths.argsort(stable=True).split(BUCKET):
-        own = functional.pad(lengths[texts].cumsum(0), (1, 0))
-        shift = torch.repeat_interleave(offsets[texts] - own[:-1], lengths[texts])
-        yield texts, torch.arange(len(shift), device=shift.device) + shift, own
 
 
 def first_token(layer: nn.Module, hidden_BTd: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""Batches put together and taken apart, for the tests of the models."""
+
+from dataclasses import replace
+
+import torch
+
+from castbench.models.batch import Batch
+
+
+def join(crystals):
+    """One batch of several; parts that they lack, it lacks."""
+    absent = [name for name in Batch.__slots__ if getattr(crystals[0], name) is None]
+    empty = {
+        name: torch.zeros(2, dtype=torch.long) if "offsets" in name else torch.zeros(0) for name in absent
+    }
+    crystals = [replace(crystal, **empty) for crystal in crystals]
+    first = torch.tensor([0, *(len(c.atomic_numbers) for c in crystals)]).cumsum(0)
+
+    def packed(name):
+        return torch.cat([getattr(c, name) for c in crystals])
+
+    def offsets(name):
+        return torch.tensor([0, *(int(getattr(c, name)[-1]) for c in crystals)]).cumsum(0)
+
+    parts = ("atomic_numbers", "multiplicities", "distances", "edge_multiplicities")
+    parts += ("token_ids", "token_states", "targets", "masked_nodes")
+    joined = Batch(
+        n=len(crystals),
+        node_offsets=offsets("node_offsets"),
+        token_offsets=offsets("token_offsets"),
+        edge_source=torch.cat([c.edge_source + at for c, at in zip(crystals, first, strict=False)]),
+        edge_target=torch.cat([c.edge_target + at for c, at in zip(crystals, first, strict=False)]),
+        **{name: packed(name) for name in parts},
+    )
+    return replace(joined, **dict.fromkeys(absent))
+
+
+def only(batch, needs):
+    """The batch as the loader gives it to a model: without the parts that it does not declare."""
+    graph = ("atomic_numbers", "multiplicities", "node_offsets", "edge_source", "edge_target")
+    graph += ("distances", "edge_multiplicities", "masked_nodes")
+    drop = set() if "graph" in needs else set(graph)
+    drop |= {"token_ids", "token_states"} - set(needs)
+    if not needs & {"token_ids", "token_states"}:
+        drop.add("token_offsets")
+    return replace(batch, **dict.fromkeys(drop))
