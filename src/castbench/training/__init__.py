@@ -1,0 +1,1 @@
+"""Training: one protocol for every model, resumed to the bit."""

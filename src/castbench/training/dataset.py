@@ -1,0 +1,180 @@
+"""Batches by index arithmetic on packed arrays: no Python work for a single crystal.
+
+Where the arrays are: on the CPU they stay memory-mapped, since the page cache is all the copy that they need.
+On a GPU an array moves there once if it takes at most half of the memory that is free then (graphs always,
+token states of small sets); of a larger one, the values of a batch are gathered on the host and sent.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from castbench.errors import InputError
+from castbench.graphs.packed import PackedGraphs
+from castbench.models.base import Network
+from castbench.models.batch import Batch
+from castbench.provenance import sha256_file
+from castbench.text.states import PackedStates
+from castbench.text.tokens import PackedTokens
+
+SHARE_OF_FREE_MEMORY = 0.5
+
+
+class Ragged:
+    """Arrays of one ragged shape: crystal g has the values offsets[g]:offsets[g + 1] of each."""
+
+    def __init__(self, offsets: np.ndarray, device: torch.device, **arrays: np.ndarray):
+        self.device = device
+        self.offsets = _tensor(offsets)  # on the host: sizes are known without waiting for a GPU
+        self.arrays = {name: _place(_tensor(array), device) for name, array in arrays.items()}
+
+    def take(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Offsets (B + 1,) and values of the crystals `rows` (B,), given on the host, in this order."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        total = int(offsets[-1])
+        places: dict[torch.device, Tensor] = {}  # of the values, once for each device that holds some
+        for device in {array.device for array in self.arrays.values()}:
+            shift, repeats = (starts - offsets[:-1]).to(device), lengths.to(device)
+            places[device] = torch.repeat_interleave(shift, repeats, output_size=total)
+            places[device] += torch.arange(total, device=device)
+        values = {
+            name: array.index_select(0, places[array.device]).to(self.device)
+            for name, array in self.arrays.items()
+        }
+        return offsets.to(self.device), values
+
+
+class Crystals:
+    """The caches that a model needs, as a source of batches. A row is a crystal's place in materials.parquet.
+
+    Attributes:
+        material_ids: (G,), of every row.
+        has_graph: (G,) bool. Crystals without a graph are in no batch, also of a model that reads no graph:
+            all models are compared on the same crystals.
+        has_text: (G,) bool, None for a model that reads no text.
+        cls_id: token that every text begins with, None likewise.
+        checksums: SHA-256 of the manifests of the caches that are read, which hold those of the files.
+
+    Raises:
+        InputError: a cache is missing, damaged, or of other materials than the graphs.
+    """
+
+    def __init__(
+        self, network: Network, graphs: Path, tokens: Path, states: Path | None, device: torch.device
+    ):
+        self.device = device
+        packed = PackedGraphs.open(graphs)
+        index = packed.index()
+        self.material_ids: list[str] = index["material_id"].to_pylist()
+        self.has_graph = np.array(index["status"].to_pylist()) == "ok"
+        self.has_text: np.ndarray | None = None
+        self.cls_id: int | None = None
+        self.checksums: dict[str, str | None] = {"graphs": _checksum(graphs), "tokens": None, "states": None}
+        self.nodes = self.edges = self.tokens = None
+        if "graph" in network.needs:
+            nodes = {name: getattr(packed, name) for name in ("atomic_numbers", "multiplicities")}
+            edges = {
+                name: getattr(packed, name)
+                for name in ("edge_source", "edge_target", "distances", "edge_multiplicities")
+            }
+            self.nodes = Ragged(packed.node_offsets, device, **nodes)
+            self.edges = Ragged(packed.edge_offsets, device, **edges)
+        if network.text_mode != "none":
+            self._open_text(tokens, states, network.text_layer)
+
+    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> None:
+        packed = PackedTokens.open(tokens)
+        index = packed.index()
+        if index["material_id"].to_pylist() != self.material_ids:
+            raise InputError(f"{tokens}: other crystals than the graphs have; make both caches again")
+        self.has_text = index["has_text"].to_numpy()
+        self.cls_id = int(packed.token_ids[0])
+        self.checksums["tokens"] = _checksum(tokens)
+        arrays = {"token_ids": packed.token_ids}
+        if layer is not None:
+            if states is None:
+                raise InputError(
+                    "states: the model reads cached token states; give their folder with --states"
+                )
+            cached = PackedStates.open(states, tokens)
+            if cached.manifest["layer"] != layer:
+                raise InputError(
+                    f"{states}: states after {cached.manifest['layer']} layers, and the model reads those "
+                    f"after {layer}; run embed_text for it"
+                )
+            arrays = {"token_states": cached.states}
+            self.checksums["states"] = _checksum(states)
+        self.tokens = Ragged(packed.token_offsets, self.device, **arrays)
+
+    def rows(self, material_ids: Iterable[str]) -> tuple[Tensor, int]:
+        """Rows (n,) of those crystals that have a graph, and the number of those that have none.
+
+        Raises:
+            InputError: a crystal is not in the caches.
+        """
+        places = {material_id: row for row, material_id in enumerate(self.material_ids)}
+        try:
+            rows = np.array([places[material_id] for material_id in material_ids], dtype=np.int64)
+        except KeyError as error:
+            raise InputError(
+                f"{error.args[0]}: in the split but not in the graphs; build the graphs again"
+            ) from None
+        kept = rows[self.has_graph[rows]]
+        return torch.from_numpy(kept), len(rows) - len(kept)
+
+    def n_without_text(self, rows: Tensor) -> int | None:
+        """How many of `rows` have no description; None for a model that reads none."""
+        return None if self.has_text is None else int((~self.has_text[rows.numpy()]).sum())
+
+    def ids(self, rows: Tensor) -> list[str]:
+        """Material ids of rows."""
+        return [self.material_ids[row] for row in rows.tolist()]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The crystals `rows` (B,), with the parts that the model needs."""
+        batch = Batch(n=len(rows))
+        if self.nodes is not None and self.edges is not None:
+            batch.node_offsets, nodes = self.nodes.take(rows)
+            batch.atomic_numbers = nodes["atomic_numbers"].long()
+            batch.multiplicities = nodes["multiplicities"]
+            edge_offsets, edges = self.edges.take(rows)
+            first = torch.repeat_interleave(
+                batch.node_offsets[:-1], edge_offsets.diff(), output_size=len(edges["distances"])
+            )
+            batch.edge_source = first + edges["edge_source"]
+            batch.edge_target = first + edges["edge_target"]
+            batch.distances = edges["distances"]
+            batch.edge_multiplicities = edges["edge_multiplicities"]
+        if self.tokens is not None:
+            batch.token_offsets, tokens = self.tokens.take(rows)
+            if "token_ids" in tokens:
+                batch.token_ids = tokens["token_ids"].long()
+            else:
+                batch.token_states = tokens["token_states"].float()
+        return batch
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array that nobody will write to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _place(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor where its values are gathered: see the top of the module."""
+    if device.type != "cuda" or tensor.nbytes > SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        return tensor
+    return tensor.to(device)
+
+
+def _checksum(folder: Path) -> str:
+    return sha256_file(folder / "manifest.json")

@@ -1,0 +1,159 @@
+"""What a run minimises, and what it selects its weights by: regression of a target, and the pretrainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from castbench.evaluation import metrics
+from castbench.models.base import Outcome
+from castbench.models.batch import Batch, segments
+from castbench.training.dataset import Crystals
+from castbench.training.schedule import batches, generator
+
+LOSSES = {"l1": functional.l1_loss, "huber": functional.huber_loss, "mse": functional.mse_loss}
+
+
+class Objective(Protocol):
+    """What the training loop asks of a task.
+
+    Attributes:
+        rows: (n,) the training crystals.
+        batch_size: the most crystals of a step.
+        columns: names of what `validate` returns.
+        selects: the one of them whose least value selects the weights.
+    """
+
+    rows: Tensor
+    batch_size: int
+    columns: tuple[str, ...]
+    selects: str
+
+    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
+        """Mean loss () over the crystals `rows` at a step of the run."""
+        ...
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Values of `columns` on the validation crystals."""
+        ...
+
+
+class Regression:
+    """A loss on standardised targets; selection by the mean absolute error on validation.
+
+    `values` (G,) are in the target's unit; mean and std are those of the training crystals alone.
+    """
+
+    columns = ("validation_loss", "validation_mae")
+    selects = "validation_mae"
+
+    def __init__(
+        self,
+        crystals: Crystals,
+        values: np.ndarray,
+        train: Tensor,
+        validation: Tensor,
+        training: dict[str, Any],
+    ):
+        self.crystals, self.values = crystals, values
+        self.rows, self.validation = train, validation
+        self.batch_size: int = training["batch_size"]
+        self.loss_function = LOSSES[training["loss"]]
+        of_train = values[train.numpy()]
+        self.mean = float(of_train.mean())
+        self.std = float(of_train.std()) or 1.0
+        self.targets = torch.from_numpy((values - self.mean) / self.std).float().to(crystals.device)
+
+    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
+        """Mean loss () of a batch, on standardised targets."""
+        return self.loss_function(network(self.crystals.batch(rows)), self.targets[rows])
+
+    def predict(self, network: nn.Module, rows: Tensor) -> np.ndarray:
+        """Standardised predictions (n,) of `rows`, float32."""
+        with torch.inference_mode():
+            found = [network(self.crystals.batch(part)).float() for part in batches(rows, self.batch_size)]
+        return torch.cat(found).cpu().numpy()
+
+    def in_unit(self, predicted: np.ndarray) -> np.ndarray:
+        """Standardised predictions as float64 in the target's unit."""
+        return predicted.astype(np.float64) * self.std + self.mean
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Loss on standardised targets, and mean absolute error in the target's unit."""
+        predicted = self.predict(network, self.validation)
+        truth = self.targets[self.validation].cpu()
+        return {
+            "validation_loss": float(self.loss_function(torch.from_numpy(predicted), truth)),
+            "validation_mae": metrics.mae(self.values[self.validation.numpy()], self.in_unit(predicted)),
+        }
+
+
+class Pretraining:
+    """A pretraining network's own loss, by which it is also selected; the contrastive one takes no more."""
+
+    columns = ("validation_loss", "validation_accuracy")
+    selects = "validation_loss"
+
+    def __init__(
+        self, crystals: Crystals, train: Tensor, validation: Tensor, pretraining: dict[str, Any], seed: int
+    ):
+        self.crystals, self.seed = crystals, seed
+        self.rows, self.validation = train, validation
+        self.batch_size: int = pretraining["batch_size"]
+
+    def prepare(self, batch: Batch, *stream: int | str) -> Batch:
+        """Add to a batch what the network needs beyond the caches; random numbers follow from `stream`."""
+        return batch
+
+    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
+        """Mean loss () of a batch."""
+        return network(self.prepare(self.crystals.batch(rows), self.seed, "train", step)).loss
+
+    def evaluate(
+        self, network: nn.Module, alter: Callable[[Batch, Tensor], Batch] | None = None
+    ) -> tuple[float, float]:
+        """Mean loss and accuracy on validation, the same guesses each time; `alter` may change a batch."""
+        lost = right = guesses = 0.0
+        with torch.inference_mode():
+            for number, rows in enumerate(batches(self.validation, self.batch_size)):
+                batch = self.prepare(self.crystals.batch(rows), "validation", number)
+                outcome: Outcome = network(batch if alter is None else alter(batch, rows))
+                lost += float(outcome.loss) * outcome.count
+                right += float(outcome.correct)
+                guesses += outcome.count
+        return lost / guesses, right / guesses
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Loss and accuracy with each crystal's own text."""
+        return dict(zip(self.columns, self.evaluate(network), strict=True))
+
+
+class MaskedNode(Pretraining):
+    """The element of hidden nodes (CAST, 4.3.1): each node is hidden at random, at least one of a crystal."""
+
+    def __init__(
+        self, crystals: Crystals, train: Tensor, validation: Tensor, pretraining: dict[str, Any], seed: int
+    ):
+        super().__init__(crystals, train, validation, pretraining, seed)
+        self.probability: float = pretraining["mask_probability"]
+
+    def prepare(self, batch: Batch, *stream: int | str) -> Batch:
+        """Choose the nodes to hide."""
+        assert batch.node_offsets is not None
+        batch.masked_nodes = random_mask(batch.node_offsets.cpu(), self.probability, *stream).to(
+            self.crystals.device
+        )
+        return batch
+
+
+def random_mask(offsets: Tensor, probability: float, *stream: int | str) -> Tensor:
+    """A mask (N,) of nodes: each with `probability`, at least one in each crystal of offsets (B + 1,)."""
+    crystal = segments(offsets)
+    draws = torch.rand(len(crystal), generator=generator("mask", *stream))
+    lowest = torch.ones(len(offsets) - 1).scatter_reduce(0, crystal, draws, "amin")
+    return (draws < probability) | (draws == lowest[crystal])

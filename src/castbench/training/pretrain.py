@@ -1,0 +1,162 @@
+"""Pretrain on the training crystals of all targets: masked nodes (CAST) or contrastive (MultiMat)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from castbench.materials.splits import load_split
+from castbench.models import build_pretraining
+from castbench.models.base import Network
+from castbench.models.batch import Batch
+from castbench.training.dataset import Crystals
+from castbench.training.loop import Trainer
+from castbench.training.objectives import MaskedNode, Pretraining
+from castbench.training.records import Result, failed, run_record, write_run
+from castbench.training.schedule import generator
+from castbench.training.session import cost, open_session, run_key
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+Alter = Callable[[Batch, Tensor], Batch]  # a batch of rows, and the rows
+OBJECTIVES: dict[str, type[Pretraining]] = {"masked_node": MaskedNode, "contrastive": Pretraining}
+
+
+def pretrain_model(
+    settings: dict[str, Any],
+    objective: str,
+    seed: int,
+    graphs: Path,
+    tokens: Path,
+    states: Path | None,
+    encoder: Path,
+    splits: list[Path],
+    output: Path,
+    threads: int,
+) -> None:
+    """Pretrain with `objective` and write a run folder.
+
+    Trains on the crystals that are in the train list of some target and in no other list of any, and selects
+    by the loss on those in some validation list and in no test list: no crystal is seen before its time.
+
+    Args:
+        settings: {dataset, architecture, training, pretraining: that of the objective}; as in config.json.
+        objective: "masked_node" or "contrastive".
+        seed: of weights, data order and masks.
+        graphs: cache of graphs.
+        tokens: cache of tokens.
+        states: cache of token states, for a network that reads them.
+        encoder: folder of the text encoder.
+        splits: id lists of all targets.
+        output: the run folder {seed}/; checkpoints/{seed}/ beside it is undeclared.
+        threads: cores that the job has.
+
+    Raises:
+        InputError: a cache is missing or of other materials; no such objective.
+    """
+    fabric = open_session(settings["training"], threads)
+    torch.manual_seed(seed)
+    network = build_pretraining(objective, settings["architecture"], encoder)
+    crystals = Crystals(network, graphs, tokens, states, fabric.device)
+    lists = [load_split(path) for path in splits]
+    train, validation, test = ({i for ids in lists for i in ids[part]} for part in PARTS)
+    rows, _ = crystals.rows(sorted(train - validation - test))
+    held_out, _ = crystals.rows(sorted(validation - test))
+    record = {
+        "dataset": settings["dataset"],
+        "objective": objective,
+        "seed": seed,
+        "n": {"train": len(rows), "validation": len(held_out)},
+        "n_without_text": crystals.n_without_text(torch.cat([rows, held_out])),
+        "inputs": crystals.checksums | {"splits": [ids["checksum"] for ids in lists]},
+    }
+    task = OBJECTIVES[objective](crystals, rows, held_out, settings["pretraining"], seed)
+    if len(rows) and len(held_out):
+        log.info("%s, seed %d: %s", objective, seed, record["n"])
+        result = run_objective(
+            network, task, record, settings, fabric, output.parent / "checkpoints" / output.name, encoder
+        )
+    else:
+        result = Result("skipped", "no target has enough crystals")
+        log.warning("%s, seed %d: skipped, %s", objective, seed, result.reason)
+    write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
+
+
+def run_objective(
+    network: Network,
+    task: Pretraining,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    fabric: Fabric,
+    checkpoints: Path,
+    encoder: Path,
+) -> Result:
+    """Pretrain, then evaluate the best weights on validation; masked nodes also without their own text."""
+    key, epochs = run_key(fabric, settings=settings, record=record), settings["pretraining"]["epochs"]
+    trainer = Trainer(network, task, settings["training"], epochs, record["seed"], fabric, checkpoints, key)
+    run = trainer.fit()
+    found = run_record(network, run)
+    spent = cost(fabric, run.seconds, run.step * len(task.rows) // run.steps)
+    if run.failure:
+        return failed(run, task.crystals.ids(run.failure.rows), found, spent)
+    loss, accuracy = task.evaluate(trainer.module)
+    scores = {"loss": loss, "accuracy": accuracy}
+    if isinstance(task, MaskedNode):
+        controls = {
+            "shuffled_text": shuffled_text(task),
+            "without_text": without_text(task, network, encoder),
+        }
+        scores |= {
+            f"accuracy_{name}": task.evaluate(trainer.module, alter)[1] for name, alter in controls.items()
+        }
+    log.info("%s, validation: %s", record["objective"], scores)
+    return Result("finished", None, found | {"validation": scores}, spent, run.history, run.best)
+
+
+def shuffled_text(task: Pretraining) -> Alter:
+    """Give each validation crystal the text of another: one cycle through all of them in random order."""
+    cycle = task.validation[torch.randperm(len(task.validation), generator=generator("shuffled text"))]
+    donors = torch.arange(len(task.crystals.material_ids))
+    donors[cycle] = cycle.roll(1)
+
+    def alter(batch: Batch, rows: Tensor) -> Batch:
+        return with_text(batch, task.crystals.batch(donors[rows]))
+
+    return alter
+
+
+def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
+    """Leave each crystal [CLS] alone, as for one that has no description."""
+    assert task.crystals.cls_id is not None and network.text is not None
+    token = torch.tensor([task.crystals.cls_id], device=task.crystals.device)
+    state = None
+    if network.text_layer is not None:
+        from castbench.text.encoders import LayeredEncoder  # seconds, and only a frozen text needs it
+
+        model = LayeredEncoder.from_folder(encoder).to(token.device)
+        with torch.inference_mode():
+            mask = torch.ones(1, 1, dtype=torch.bool, device=token.device)
+            state = model.run(model.embed(token[None]), mask, 0, network.text_layer)[0].half().float()
+
+    def alter(batch: Batch, rows: Tensor) -> Batch:
+        offsets = torch.arange(batch.n + 1, device=token.device)
+        ids = None if batch.token_ids is None else token.expand(batch.n)
+        states = None if state is None else state.expand(batch.n, -1)
+        return with_text(batch, Batch(batch.n, token_ids=ids, token_states=states, token_offsets=offsets))
+
+    return alter
+
+
+def with_text(batch: Batch, other: Batch) -> Batch:
+    """The crystals of a batch with the texts of another."""
+    return replace(
+        batch, token_ids=other.token_ids, token_states=other.token_states, token_offsets=other.token_offsets
+    )

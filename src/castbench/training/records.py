@@ -1,0 +1,110 @@
+"""The files of a run folder: all of them are written, whatever became of the run."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from castbench.models.base import Network
+from castbench.provenance import atomic_path, code_version, package_versions, write_json
+from castbench.training.checkpoint import encode
+from castbench.training.loop import Run
+
+HISTORY = ("epoch", "step", "learning_rate", "train_loss")
+PREDICTIONS = pa.schema(
+    [("material_id", pa.string()), ("split", pa.string()), ("y_true", pa.float64()), ("y_pred", pa.float64())]
+)
+
+
+@dataclass
+class Result:
+    """What became of a run; by default nothing.
+
+    Attributes:
+        status: "finished", "skipped" or "failed".
+        reason: why it is not finished.
+        record: for metrics.json.
+        cost: for cost.json.
+        history: one row an epoch.
+        weights: trained parameters.
+        predictions: ids, true and predicted values in the target's unit, of each part of the split.
+    """
+
+    status: str
+    reason: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    predictions: dict[str, tuple[list[str], np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+def run_record(network: Network, run: Run) -> dict[str, Any]:
+    """What metrics.json says about a network and its training."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    return {
+        "text": network.text_mode,
+        "parameters": {
+            "total": sum(n for n, _ in sizes),
+            "trainable": sum(n for n, trained in sizes if trained),
+        },
+        "steps": run.step,
+        "epochs": len(run.history),
+        "best_epoch": run.best_epoch,
+    }
+
+
+def failed(run: Run, ids: list[str], record: dict[str, Any], cost: dict[str, Any]) -> Result:
+    """The result of a run that stopped at a value that is not finite; `ids` are the crystals of the batch."""
+    assert run.failure is not None
+    where = {"step": run.failure.step, "learning_rate": run.failure.learning_rate, "material_ids": ids}
+    reason = f"{run.failure.what} is not finite at step {run.failure.step}"
+    return Result("failed", reason, record | {"failure": where}, cost, run.history)
+
+
+def write_run(
+    folder: Path, record: dict[str, Any], settings: dict[str, Any], result: Result, scores: tuple[str, ...]
+) -> None:
+    """Write the files of a run, metrics.json last.
+
+    Args:
+        folder: of the run.
+        record: what the run was, for metrics.json. Neither has times, so that equal runs give equal files.
+        settings: as it ran, for config.json.
+        result: what became of it.
+        scores: names of what validation adds to a row of the history.
+    """
+    write_json(folder / "config.json", settings)
+    write_json(folder / "cost.json", result.cost)
+    with (
+        atomic_path(folder / "history.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, [*HISTORY, *scores], lineterminator="\n")
+        table.writeheader()
+        table.writerows(result.history)
+        file.flush()
+    with atomic_path(folder / "model.safetensors") as partial:
+        partial.write_bytes(encode(result.weights, settings))
+    outcome = {"status": result.status, "reason": result.reason, **result.record}
+    write_json(
+        folder / "metrics.json",
+        record | outcome | {"versions": package_versions(), "commit": code_version()},
+    )
+
+
+def write_predictions(folder: Path, result: Result) -> None:
+    """Write predictions.parquet; without a row for a run that has no result."""
+    tables = [
+        pa.table([ids, [part] * len(ids), truth, predicted], schema=PREDICTIONS)
+        for part, (ids, truth, predicted) in result.predictions.items()
+    ]
+    with atomic_path(folder / "predictions.parquet") as partial:
+        pq.write_table(pa.concat_tables([PREDICTIONS.empty_table(), *tables]).combine_chunks(), partial)

@@ -1,0 +1,194 @@
+"""Train a model on a target, one run a seed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+from torch import Tensor
+
+from castbench.errors import InputError
+from castbench.evaluation.metrics import scores
+from castbench.labels import TARGETS
+from castbench.materials.splits import load_split
+from castbench.materials.targets import target_values
+from castbench.models import build_model, load_pretrained
+from castbench.models.base import Network
+from castbench.provenance import sha256_file
+from castbench.training.dataset import Crystals
+from castbench.training.loop import Trainer
+from castbench.training.objectives import Regression
+from castbench.training.records import Result, failed, run_record, write_predictions, write_run
+from castbench.training.session import cost, open_session, run_key
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+
+
+def train_model(
+    settings: dict[str, Any],
+    model: str,
+    target: str,
+    seeds: list[int],
+    materials: Path,
+    split: Path,
+    graphs: Path,
+    tokens: Path,
+    states: Path | None,
+    encoder: Path,
+    pretrained: list[Path],
+    output: Path,
+    threads: int,
+) -> None:
+    """Train `model` on `target`, all `seeds` one after another, and write a run folder for each.
+
+    Args:
+        settings: {dataset, architecture, training, ...}; stands as config.json in each run.
+        model: a name of the models' registry.
+        target: a name of `labels.TARGETS`.
+        seeds: of the runs.
+        materials: materials.parquet.
+        split: id lists of the target.
+        graphs: cache of graphs; a crystal without a graph is dropped, whatever the model reads.
+        tokens: cache of tokens, looked at only if the model reads text.
+        states: cache of token states, for a model that reads them.
+        encoder: folder of the text encoder.
+        pretrained: a pretraining run for each seed, in a folder of the seed's name; empty: none.
+        output: gets {seed}/ and the undeclared checkpoints/{seed}/.
+        threads: cores that the job has.
+
+    Raises:
+        InputError: a cache is missing or of other materials; a pretraining run is missing.
+    """
+    fabric = open_session(settings["training"], threads)
+    lists = load_split(split)
+    record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "target": target}
+    record |= {"unit": TARGETS[target].unit}
+    data: Data | None = None
+    for seed in seeds:
+        torch.manual_seed(seed)
+        network = build_model(model, settings["architecture"], encoder)
+        if data is None:
+            crystals = Crystals(network, graphs, tokens, states, fabric.device)
+            data = read_data(crystals, materials, target, lists)
+            record |= data.record()
+        source, lack = load_start(network, model, seed, pretrained)
+        own = record | {"seed": seed, "pretrained": source}
+        if lack or data.lack:
+            result = Result("skipped", data.lack or lack)
+            log.warning("%s, %s, seed %d: skipped, %s", model, target, seed, result.reason)
+        else:
+            log.info("%s, %s, seed %d: %s", model, target, seed, record["n"])
+            result = train_seed(network, data, own, settings, fabric, output / "checkpoints" / str(seed))
+        folder = output / str(seed)
+        write_predictions(folder, result)
+        config = settings | {"model": model, "target": target, "seed": seed}
+        write_run(folder, own, config, result, Regression.columns)
+
+
+@dataclass
+class Data:
+    """What all seeds of a job share."""
+
+    crystals: Crystals
+    values: np.ndarray  # (G,) in the target's unit
+    rows: dict[str, Tensor]  # of each part of the split
+    dropped: dict[str, int]  # crystals of the split that are in no part, by reason
+    checksums: dict[str, str | None]
+    lack: str | None  # why there is nothing to train on
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says about the data."""
+        return {
+            "n": {part: len(rows) for part, rows in self.rows.items()},
+            "n_dropped": self.dropped,
+            "n_without_text": self.crystals.n_without_text(torch.cat(list(self.rows.values()))),
+            "inputs": self.checksums,
+        }
+
+
+def read_data(crystals: Crystals, materials: Path, target: str, lists: dict[str, Any]) -> Data:
+    """Rows and target values of a split; crystals without a graph or a value are dropped and counted.
+
+    Raises:
+        InputError: materials are not those of the caches.
+    """
+    table = pq.read_table(materials, columns=["material_id", TARGETS[target].column])
+    if table["material_id"].to_pylist() != crystals.material_ids:
+        raise InputError(f"{materials}: other crystals than the graphs have; build the graphs again")
+    values = target_values(table, target)
+    rows, dropped = {}, {"no graph": 0, "no target": 0}
+    for part in PARTS:
+        found, without_graph = crystals.rows(lists[part])
+        known = torch.from_numpy(np.isfinite(values[found.numpy()]))
+        rows[part] = found[known]
+        dropped["no graph"] += without_graph
+        dropped["no target"] += int((~known).sum())
+    for why, n in dropped.items():
+        if n:
+            log.warning("%s: %d crystals dropped, %s", target, n, why)
+    empty = [part for part in PARTS if not len(rows[part])]
+    lack = lists["reason"] or (f"no crystal is left in {empty[0]}" if empty else None)
+    return Data(crystals, values, rows, dropped, crystals.checksums | {"split": lists["checksum"]}, lack)
+
+
+def load_start(
+    network: Network, model: str, seed: int, pretrained: list[Path]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Load the pretrained weights that `network` starts from; return which these are, or why there are none.
+
+    Without `pretrained`, every network starts anew: cast_scratch is cast without it.
+
+    Raises:
+        InputError: no pretraining run of this seed is given.
+    """
+    if not (network.pretrained and pretrained):
+        return None, None
+    folder = next((folder for folder in pretrained if folder.name == str(seed)), None)
+    if folder is None or not (folder / "metrics.json").is_file():
+        raise InputError(f"{model}, seed {seed}: no pretraining run of this seed; run pretrain_model first")
+    run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if run["status"] != "finished":
+        return None, f"pretraining {run['objective']}, seed {seed}, is {run['status']}: {run['reason']}"
+    weights = folder / "model.safetensors"
+    load_pretrained(network, load_file(weights))
+    return {"objective": run["objective"], "seed": seed, "sha256": sha256_file(weights)}, None
+
+
+def train_seed(
+    network: Network,
+    data: Data,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    fabric: Fabric,
+    checkpoints: Path,
+) -> Result:
+    """Train a run, then predict validation and test, once, with the best weights."""
+    training = settings["training"]
+    objective = Regression(data.crystals, data.values, data.rows["train"], data.rows["validation"], training)
+    key = run_key(fabric, settings=settings, record=record)
+    trainer = Trainer(
+        network, objective, training, training["epochs"], record["seed"], fabric, checkpoints, key
+    )
+    run = trainer.fit()
+    found = run_record(network, run) | {"target_mean": objective.mean, "target_std": objective.std}
+    spent = cost(fabric, run.seconds, run.step * len(objective.rows) // run.steps)
+    if run.failure:
+        return failed(run, data.crystals.ids(run.failure.rows), found, spent)
+    predictions = {}
+    for part in ("validation", "test"):
+        rows = data.rows[part]
+        predicted = objective.in_unit(objective.predict(trainer.module, rows))
+        predictions[part] = data.crystals.ids(rows), data.values[rows.numpy()], predicted
+        found[part] = scores(*predictions[part][1:])
+    log.info("%s, test: MAE %.4g %s", record["target"], found["test"]["mae"], record["unit"])
+    return Result("finished", None, found, spent, run.history, run.best, predictions)
