@@ -80,8 +80,8 @@ def assign(counts: np.ndarray, fractions: Sequence[float], seed: int) -> list[in
     """Assign units to parts so that each target is shared out by `fractions`.
 
     Iterative stratification (Sechidis et al., ECML PKDD 2011): beginning with the rarest target, its units go
-    one by one, in random order, to the part that lacks most of that target. No part of the rarest target is off
-    by more than the largest unit, nor of the others unless the rarer ones filled it already.
+    one by one, in random order, to the part that lacks most of that target. No part of the rarest target is
+    off by more than the largest unit, nor of the others unless the rarer ones filled it already.
 
     Args:
         counts: (units, targets) how many materials a unit has for each target.

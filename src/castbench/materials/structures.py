@@ -53,7 +53,8 @@ class Crystal:
     @property
     def formula(self) -> str:
         """Reduced formula, as pymatgen orders it."""
-        return Composition(Counter(self.species)).reduced_formula
+        # Sorted, because pymatgen has no order of its own for elements without electronegativity.
+        return Composition(Counter(sorted(self.species))).reduced_formula
 
 
 def read_crystal(parts: Mapping[str, Any]) -> Crystal:

@@ -1,0 +1,202 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from castbench.errors import InputError
+from castbench.labels import TARGET_ORDER
+from castbench.materials.filters import MODULI, filter_materials
+
+OFF = {
+    "max_formation_energy": None,
+    "max_energy_above_hull": None,
+    "min_formation_energy": None,
+    "positive_moduli": False,
+    "ordered_moduli": False,
+    "max_modulus": None,
+    "exclude_noble_gases": False,
+    "exclude_metals": False,
+}
+PAPER = {
+    "max_formation_energy": 0.15,
+    "max_energy_above_hull": 0.15,
+    "min_formation_energy": -10.0,
+    "positive_moduli": True,
+    "ordered_moduli": True,
+    "max_modulus": 1000.0,
+    "exclude_noble_gases": True,
+    "exclude_metals": True,
+}
+MODULUS_TARGETS = ["log_shear_modulus", "log_bulk_modulus"]
+
+
+@pytest.fixture
+def run(tmp_path, write_materials):
+    """Filter records, or a collected table; gives the kept rows and the funnel."""
+
+    def filter_(materials, filters, targets=TARGET_ORDER, group=1000):
+        if isinstance(materials, list):
+            manifest = tmp_path / "manifest.json"
+            materials = write_materials(materials, group)
+            manifest.write_text(json.dumps({"by_reason": {"missing structure": 3}}))
+        else:
+            manifest = materials.with_name("manifest.json")
+        output, funnel = tmp_path / "materials.parquet", tmp_path / "funnel.json"
+        settings = {"filters": filters, "targets": list(targets)}
+        filter_materials(settings, materials=materials, manifest=manifest, output=output, funnel=funnel)
+        return pq.read_table(output).to_pylist(), json.loads(funnel.read_text())
+
+    return filter_
+
+
+def variants(salt, *changes):
+    """The salt, and copies of it with something changed."""
+    return [salt, *(salt | {"material_id": f"m-{i}"} | change for i, change in enumerate(changes))]
+
+
+@pytest.mark.parametrize(
+    ("key", "removed", "kept", "targets"),
+    [
+        (
+            "max_formation_energy",
+            {"formation_energy_per_atom": 0.151},
+            {"formation_energy_per_atom": 0.15},
+            "all",
+        ),
+        ("max_energy_above_hull", {"energy_above_hull": 0.2}, {"energy_above_hull": 0.15}, "all"),
+        (
+            "min_formation_energy",
+            {"formation_energy_per_atom": -10.5},
+            {"formation_energy_per_atom": -9.9},
+            "all",
+        ),
+        ("exclude_noble_gases", {"species": ["Cs", "Xe"]}, {"species": ["Cs", "I"]}, "all"),
+        ("exclude_metals", {"band_gap": 0.0}, {"band_gap": 0.01}, ["band_gap"]),
+        ("positive_moduli", {"g_reuss": 0.0}, {"g_reuss": None}, MODULUS_TARGETS),
+        ("positive_moduli", {"k_vrh": -3.0}, {"k_vrh": 17.0}, MODULUS_TARGETS),
+        ("ordered_moduli", {"g_reuss": 9.1}, {"g_reuss": 8.0}, MODULUS_TARGETS),
+        ("ordered_moduli", {"k_vrh": 17.1}, {"k_voigt": 18.0, "k_vrh": 17.5}, MODULUS_TARGETS),
+        ("ordered_moduli", {"k_vrh": None, "k_reuss": 20.0}, {"g_reuss": 9 + 1e-9}, MODULUS_TARGETS),
+        ("max_modulus", {"k_voigt": 1000.5}, {"k_voigt": 1000.0}, MODULUS_TARGETS),
+    ],
+)
+def test_each_filter_removes_its_own_and_nothing_else(run, salt, key, removed, kept, targets):
+    rows, funnel = run(variants(salt, removed, kept), OFF | {key: PAPER[key]})
+    hit = list(TARGET_ORDER) if targets == "all" else targets
+    by_id = {row["material_id"]: row["targets"] for row in rows}
+    assert by_id.get("m-0", []) == [
+        name
+        for name in TARGET_ORDER
+        if name not in hit and not (name == "log_bulk_modulus" and removed.get("k_vrh", 1) is None)
+    ]
+    assert by_id["m-1"] == by_id["salt-1"] == list(TARGET_ORDER)
+    step = next(step for step in funnel["steps"] if step["filter"] == key)
+    assert step == {"filter": key, "applies_to": hit, "removed": 1, "left": 2}
+    for name in TARGET_ORDER:
+        steps = {step["filter"]: step for step in funnel["targets"][name]["steps"]}
+        assert (key in steps) == (name in hit)
+    rows, _ = run(variants(salt, removed), OFF)
+    assert len(rows) == 2, "switched off, it removes nothing"
+
+
+def test_missing_values_are_counted_and_only_cost_their_target(run, salt):
+    rows, funnel = run(variants(salt, {"band_gap": None}, dict.fromkeys(MODULI)), PAPER)
+    assert [row["targets"] for row in rows] == [
+        list(TARGET_ORDER),
+        [name for name in TARGET_ORDER if name != "band_gap"],
+        [name for name in TARGET_ORDER if name not in MODULUS_TARGETS],
+    ]
+    assert [row["band_gap"] for row in rows] == [5.1, None, 5.1]
+    steps = {step["filter"]: step for step in funnel["targets"]["band_gap"]["steps"]}
+    assert steps["no value"] == {"filter": "no value", "removed": 1, "left": 2}
+
+
+def test_null_energy_above_hull_has_a_reason_of_its_own(run, salt):
+    rows, funnel = run(
+        variants(salt, {"energy_above_hull": None}, {"formation_energy_per_atom": None}), PAPER
+    )
+    assert [row["material_id"] for row in rows] == ["salt-1"]
+    steps = {step["filter"]: step["removed"] for step in funnel["steps"]}
+    assert (steps["no energy above hull"], steps["no formation energy"]) == (1, 1)
+    assert (steps["max_energy_above_hull"], steps["max_formation_energy"]) == (0, 0)
+
+
+def test_modulus_without_logarithm_never_becomes_a_target(run, salt):
+    rows, funnel = run(variants(salt, {"g_vrh": -1.0}), OFF)
+    assert rows[1]["targets"] == [name for name in TARGET_ORDER if name != "log_shear_modulus"]
+    assert funnel["targets"]["log_shear_modulus"]["steps"][-1] == {
+        "filter": "no logarithm",
+        "removed": 1,
+        "left": 1,
+    }
+
+
+def test_nothing_left_names_the_filter(run, salt, tmp_path):
+    with pytest.raises(InputError, match=r"2 of 2 fell to 'no energy above hull'; switch that filter off"):
+        run([salt | {"energy_above_hull": None, "material_id": str(i)} for i in range(2)], PAPER)
+    assert not (tmp_path / "materials.parquet").exists()
+
+
+def test_funnel_adds_up_and_does_not_depend_on_row_groups(run, salt):
+    changes = [
+        {"band_gap": 0.0},
+        {"g_vrh": -1.0},
+        {"k_voigt": 2000.0},
+        {"species": ["Xe", "Cl"]},
+        {"k_vrh": None},
+    ]
+    records = variants(salt, *changes, *changes)
+    rows, funnel = run(records, PAPER)
+    assert funnel["n_collected"] == 11
+    assert funnel["n_kept"] == len(rows) == 9
+    assert funnel["rejected_by_reason"] == {"missing structure": 3}
+    assert set(funnel["targets"]) == set(TARGET_ORDER)
+    for target, counts in funnel["targets"].items():
+        left = funnel["n_collected"]
+        for step in counts["steps"]:
+            left -= step["removed"]
+            assert step["left"] == left
+        assert counts["n"] == left == sum(target in row["targets"] for row in rows)
+    assert run(records, PAPER, group=2) == (rows, funnel)
+
+
+def test_only_the_configured_targets_are_filtered_for(run, salt):
+    rows, funnel = run(variants(salt, {"band_gap": None}), PAPER, targets=["band_gap"])
+    assert [row["targets"] for row in rows] == [["band_gap"]]
+    assert "positive_moduli" not in {step["filter"] for step in funnel["steps"]}
+
+
+def test_real_elastic_crystals(run, elastic4):
+    rows, funnel = run(
+        elastic4 / "collected.parquet", PAPER | {"max_energy_above_hull": None, "exclude_metals": False}
+    )
+    assert funnel["rejected_by_reason"] == {}
+    steps = {step["filter"]: step["removed"] for step in funnel["targets"]["log_bulk_modulus"]["steps"]}
+    assert funnel["n_collected"] == 2_880
+    assert steps == {
+        "no formation energy": 0,
+        "max_formation_energy": 11,
+        "min_formation_energy": 0,
+        "exclude_noble_gases": 0,
+        "no value": 228,
+        "positive_moduli": 69,
+        "ordered_moduli": 26,
+        "max_modulus": 9,
+        "no logarithm": 0,
+    }
+    assert {name: counts["n"] for name, counts in funnel["targets"].items()} == {
+        "total_energy": 2869,
+        "formation_energy": 2869,
+        "band_gap": 2869,
+        "log_shear_modulus": 2537,
+        "log_bulk_modulus": 2537,
+    }
+    moduli = np.array(
+        [[row[name] for name in MODULI] for row in rows if "log_bulk_modulus" in row["targets"]]
+    )
+    assert moduli.min() > 0 and moduli.max() <= 1000
+    for voigt, reuss, vrh in (moduli[:, :3].T, moduli[:, 3:].T):
+        assert (reuss <= vrh + 1e-6).all() and (vrh <= voigt + 1e-6).all()
+    isotropic = sum(row["g_voigt"] is not None and row["k_voigt"] == row["k_reuss"] for row in rows)
+    assert isotropic > 500, "cubic crystals have one bulk modulus, and stay"

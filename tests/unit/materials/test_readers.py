@@ -1,0 +1,104 @@
+import gzip
+import json
+import tarfile
+
+import pytest
+import zstandard
+
+from castbench.errors import InputError
+from castbench.materials.readers import fingerprint, read_records
+from castbench.materials.structures import RecordError
+
+
+def lines(count):
+    return "".join(json.dumps({"material_id": f"m-{i}", "note": "é"}) + "\n" for i in range(count))
+
+
+def test_compressed_and_plain_lines_are_the_same(tmp_path):
+    plain, zst, gz = (tmp_path / f"a.jsonl{ending}" for ending in ("", ".zst", ".gz"))
+    plain.write_text(lines(5), encoding="utf-8")
+    zst.write_bytes(zstandard.compress(plain.read_bytes()))
+    gz.write_bytes(gzip.compress(plain.read_bytes()))
+    expected = [record for _, record in read_records(plain)]
+    assert expected[4] == {"material_id": "m-4", "note": "é"}
+    assert [record for _, record in read_records(zst)] == expected
+    assert [record for _, record in read_records(gz)] == expected
+
+
+def test_lines_that_are_no_records_do_not_stop_the_others(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"material_id": 1}\n\n{"material_id": \n[2]\n{"material_id": 3}\n')
+    names, records = zip(*read_records(path), strict=True)
+    assert names == ("a.json:1", "a.json:3", "a.json:4", "a.json:5")
+    assert [isinstance(record, RecordError) for record in records] == [False, True, True, False]
+    assert records[1].reason == "unreadable record"
+
+
+def test_json_array_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"material_id": 1}]')
+    with pytest.raises(InputError, match="one record a line"):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize("ending", ["zst", "gz"])
+def test_truncated_file_is_refused(tmp_path, ending):
+    compress = zstandard.compress if ending == "zst" else gzip.compress
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(compress(lines(5000).encode())[:-40])
+    with pytest.raises(InputError, match=r"cannot be read to its end"):
+        list(read_records(path))
+
+
+def test_damaged_parquet_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_records(path))
+
+
+def test_csv_with_long_cells_and_a_short_row(tmp_path, salt_cif):
+    path = tmp_path / "a.csv.zst"
+    long = salt_cif + "# a comment\n" * 20_000
+    path.write_bytes(zstandard.compress(f'id,cif,band_gap\nx,"{long}",1.5\ny,\nz,"{salt_cif}",\n'.encode()))
+    records = [record for _, record in read_records(path)]
+    assert records[0] == {"id": "x", "cif": long, "band_gap": "1.5"}
+    assert isinstance(records[1], RecordError)
+    assert records[2] == {"id": "z", "cif": salt_cif, "band_gap": None}
+
+
+def test_folder_and_archive_of_cifs_give_the_same_records(tmp_path, salt_cif):
+    folder = tmp_path / "crystals"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.cif", "a.cif", "more/c.cif", "._a.cif", "notes.txt"):
+        (folder / name).write_text(salt_cif)
+    archive = tmp_path / "crystals.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "crystals")
+    expected = {name: {"material_id": name, "cif": salt_cif} for name in "abc"}
+    assert [record for _, record in read_records(folder)] == list(expected.values())
+    assert {record["material_id"]: record for _, record in read_records(archive)} == expected
+
+
+def test_fingerprint_of_a_folder_follows_its_files(tmp_path, salt_cif):
+    (tmp_path / "a.cif").write_text(salt_cif)
+    before = fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_text("not read")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "a.cif").write_text(salt_cif + "\n")
+    assert fingerprint(tmp_path)["sha256"] != before["sha256"]
+
+
+def test_unknown_kind_and_absent_file_are_refused(tmp_path):
+    (tmp_path / "a.xyz").touch()
+    with pytest.raises(InputError, match="unknown kind"):
+        list(read_records(tmp_path / "a.xyz"))
+    with pytest.raises(InputError, match="no such file"):
+        list(read_records(tmp_path / "b.jsonl"))
+
+
+def test_real_archive_of_cifs(shared_data):
+    records = read_records(shared_data / "elastic4_cifs.tar.zst")
+    name, record = next(records)
+    assert name == f"{record['material_id']}.cif"
+    assert record["cif"].startswith(("data_", "#"))
