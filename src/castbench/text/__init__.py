@@ -10,7 +10,7 @@ from castbench.errors import InputError
 
 @dataclass(frozen=True)
 class Encoder:
-    """A Hugging Face encoder: Hub id (or folder), revision, and SHA-256 of its model.safetensors where known."""
+    """A Hugging Face encoder: Hub id or folder, revision, SHA-256 of model.safetensors where known."""
 
     id: str
     revision: str
@@ -50,7 +50,7 @@ def parse_encoder(encoder: str) -> Encoder:
 
 
 def slug(encoder: str) -> str:
-    """Folder name of an encoder below results/encoders/: its name, or a readable tail and a hash of the whole."""
+    """Folder name of an encoder below results/encoders/: its name, or a readable tail and a hash."""
     if encoder in ENCODERS:
         return encoder
     tail = re.sub(r"[^A-Za-z0-9.]+", "-", encoder.partition("@")[0].rstrip("/").rpartition("/")[2])

