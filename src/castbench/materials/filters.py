@@ -1,5 +1,7 @@
 """The filters of the CAST paper (section 2.1), each named and switchable, and counted in a funnel."""
 
+import hashlib
+import heapq
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
@@ -72,6 +75,17 @@ def paper_filters(settings: Mapping[str, Any]) -> Iterator[Filter]:
     )
 
 
+def outside_sample(materials: Path, size: int, seed: int) -> Callable[[pa.Table, str], np.ndarray]:
+    """Mask of rows that a random sample of `size` materials leaves out.
+
+    The sample depends on the ids and the seed, not on the order; a larger one includes a smaller one.
+    """
+    ids = pq.read_table(materials, columns=["material_id"]).column(0).to_pylist()
+    drawn = heapq.nsmallest(size, ids, key=lambda name: hashlib.blake2b(f"{seed} {name}".encode()).digest())
+    chosen = pa.array(drawn, pa.string())
+    return lambda table, _: ~pc.is_in(table.column("material_id"), chosen).to_numpy()
+
+
 def is_null(column: str) -> Callable[[pa.Table, str], np.ndarray]:
     """Mask of rows where `column` is null."""
     return lambda table, _: np.isnan(column_values(table, column))
@@ -109,7 +123,7 @@ def has_noble_gas(table: pa.Table, _: str) -> np.ndarray:
     for chunk in table.column("structure").chunks:
         species = chunk.field("species")
         offsets = species.offsets.to_numpy() - species.offsets[0].as_py()
-        noble = pa.compute.is_in(species.flatten(), pa.array(NOBLE_GASES)).to_numpy(zero_copy_only=False)
+        noble = pc.is_in(species.flatten(), pa.array(NOBLE_GASES)).to_numpy(zero_copy_only=False)
         before = np.concatenate([[0], np.cumsum(noble)])
         mask[row : row + len(chunk)] = before[offsets[1:]] > before[offsets[:-1]]
         row += len(chunk)
@@ -124,7 +138,7 @@ def filter_materials(
     Streams by row group, so memory does not grow with the table.
 
     Args:
-        settings: `filters` and `targets` of the configuration.
+        settings: `filters` and `targets` of the configuration; `sample` and `seed` to draw some first.
         materials: table of collect_materials.
         manifest: its manifest; its rejected records open the funnel.
         output: Parquet file to write: the same columns and order, and `targets`.
@@ -134,9 +148,14 @@ def filter_materials(
         InputError: no material is left.
     """
     targets: list[str] = settings["targets"]
+    steps = list(paper_filters(settings["filters"]))
+    if settings.get("sample") is not None:
+        steps.insert(
+            0, Filter("sample", TARGET_ORDER, outside_sample(materials, settings["sample"], settings["seed"]))
+        )
     filters = [
         Filter(step.name, applies_to, step.removes)
-        for step in paper_filters(settings["filters"])
+        for step in steps
         if (applies_to := tuple(name for name in targets if name in step.applies_to))
     ]
     account = json.loads(manifest.read_text(encoding="utf-8"))

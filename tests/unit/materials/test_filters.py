@@ -35,7 +35,7 @@ MODULUS_TARGETS = ["log_shear_modulus", "log_bulk_modulus"]
 def run(tmp_path, write_materials):
     """Filter records, or a collected table; gives the kept rows and the funnel."""
 
-    def filter_(materials, filters, targets=TARGET_ORDER, group=1000):
+    def filter_(materials, filters, targets=TARGET_ORDER, group=1000, **more):
         if isinstance(materials, list):
             manifest = tmp_path / "manifest.json"
             materials = write_materials(materials, group)
@@ -43,7 +43,7 @@ def run(tmp_path, write_materials):
         else:
             manifest = materials.with_name("manifest.json")
         output, funnel = tmp_path / "materials.parquet", tmp_path / "funnel.json"
-        settings = {"filters": filters, "targets": list(targets)}
+        settings = {"filters": filters, "targets": list(targets), **more}
         filter_materials(settings, materials=materials, manifest=manifest, output=output, funnel=funnel)
         return pq.read_table(output).to_pylist(), json.loads(funnel.read_text())
 
@@ -165,6 +165,26 @@ def test_only_the_configured_targets_are_filtered_for(run, salt):
     rows, funnel = run(variants(salt, {"band_gap": None}), PAPER, targets=["band_gap"])
     assert [row["targets"] for row in rows] == [["band_gap"]]
     assert "positive_moduli" not in {step["filter"] for step in funnel["steps"]}
+
+
+def test_sample_comes_first_and_depends_on_ids_and_seed_alone(run, salt):
+    records = variants(salt, *[{"band_gap": 1.0}] * 29)
+
+    def draw(crystals, size, seed):
+        rows, funnel = run(crystals, OFF, sample=size, seed=seed)
+        assert funnel["n_collected"] == 30
+        removed = {"filter": "sample", "applies_to": list(TARGET_ORDER), "removed": 30 - size, "left": size}
+        assert funnel["steps"][0] == removed
+        return {row["material_id"] for row in rows}
+
+    drawn = draw(records, 10, 0)
+    assert len(drawn) == 10
+    assert draw(records[::-1], 10, 0) == drawn
+    assert draw(records, 10, 1) != drawn
+    assert draw(records, 20, 0) > drawn
+    assert (
+        len(run(records, OFF, sample=31, seed=0)[0]) == len(run(records, OFF, sample=None, seed=0)[0]) == 30
+    )
 
 
 def test_real_elastic_crystals(run, elastic4):
