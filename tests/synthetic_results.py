@@ -164,8 +164,12 @@ def write_pretraining(folder: Path, seeds: list[int]) -> None:
             if objective == "masked_node":
                 scores |= {"accuracy_shuffled_text": 0.3, "accuracy_without_text": 0.35}
             record = {"status": "finished", "objective": objective, "seed": seed, "epochs": 4}
-            write_json(run / "metrics.json", {**record, "n": {"train": 60, "validation": 8}, "validation": scores})
-            write_json(run / "cost.json", {"seconds": 3.0, "samples_per_second": 100.0, "peak_memory_mb": 500.0})
+            write_json(
+                run / "metrics.json", {**record, "n": {"train": 60, "validation": 8}, "validation": scores}
+            )
+            write_json(
+                run / "cost.json", {"seconds": 3.0, "samples_per_second": 100.0, "peak_memory_mb": 500.0}
+            )
 
 
 def write_results(folder: Path, settings: dict = SETTINGS) -> Path:

@@ -60,7 +60,9 @@ def ordered_targets(settings: dict[str, Any]) -> list[str]:
 
 def ordered_models(settings: dict[str, Any]) -> list[str]:
     """The configured models in the paper's order, then those that it does not have."""
-    return sorted(settings["models"], key=lambda m: MODEL_ORDER.index(m) if m in MODEL_ORDER else len(MODEL_ORDER))
+    return sorted(
+        settings["models"], key=lambda m: MODEL_ORDER.index(m) if m in MODEL_ORDER else len(MODEL_ORDER)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,7 +77,11 @@ def read_records(results: Path, settings: dict[str, Any]) -> list[dict[str, Any]
         for model in ordered_models(settings):
             for seed in settings["seeds"]:
                 folder = results / "runs" / target / model / str(seed)
-                record = {"status": "missing", "reason": "no metrics.json", **read_json(folder / "metrics.json")}
+                record = {
+                    "status": "missing",
+                    "reason": "no metrics.json",
+                    **read_json(folder / "metrics.json"),
+                }
                 record |= {"target": target, "model": model, "seed": seed, "unit": TARGETS[target].unit}
                 records.append(record | {"cost": read_json(folder / "cost.json")})
     return records
@@ -95,7 +101,9 @@ def run_row(record: dict[str, Any]) -> dict[str, Any]:
     row |= {key: record.get(key) for key in ("best_epoch", "epochs", "steps", "text")}
     row |= {f"parameters_{kind}": part("parameters").get(kind) for kind in ("total", "trainable")}
     row |= {key: part("cost").get(key) for key in ("seconds", "samples_per_second", "peak_memory_mb")}
-    row["pretrained"] = "{objective}/{seed}".format(**record["pretrained"]) if record.get("pretrained") else None
+    row["pretrained"] = (
+        "{objective}/{seed}".format(**record["pretrained"]) if record.get("pretrained") else None
+    )
     return row | {"commit": record.get("commit")}
 
 

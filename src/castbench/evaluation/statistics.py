@@ -27,11 +27,16 @@ def read_split(results: Path, target: str) -> dict:
 
 
 def read_crystals(results: Path) -> pd.DataFrame:
-    """One row a material: formula, n_sites, crystal_system, n_nodes, n_tokens_full, has_text. Index material_id."""
+    """One row a material, by id: formula, n_sites, crystal_system, n_nodes (NaN: no graph), n_tokens_full, has_text."""
     columns = ["material_id", "formula", "spacegroup", "n_sites"]
-    crystals = pq.read_table(results / "materials.parquet", columns=columns).to_pandas().set_index("material_id")
+    crystals = (
+        pq.read_table(results / "materials.parquet", columns=columns).to_pandas().set_index("material_id")
+    )
     crystals["crystal_system"] = crystal_systems(crystals.pop("spacegroup").to_numpy())
-    nodes = pd.read_parquet(results / "graphs" / "index.parquet", columns=["material_id", "n_nodes"])
+    nodes = pd.read_parquet(
+        results / "graphs" / "index.parquet", columns=["material_id", "status", "n_nodes"]
+    )
+    nodes["n_nodes"] = nodes["n_nodes"].where(nodes.pop("status") == "ok")
     tokens = pd.read_parquet(
         results / "tokens" / "index.parquet", columns=["material_id", "n_tokens_full", "has_text"]
     )

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 INK, MUTED, RULE = "#1b1f24", "#6e7781", "#d8dee4"  # the report swaps these three in dark mode
 SPLIT_COLOURS = {"train": "#9aa5b1", "validation": "#E69F00", "test": "#0072B2"}
+BINS = 200  # of `similarity.parquet`
 SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
 STYLE = {
     "figure.dpi": 100,
@@ -77,6 +78,8 @@ def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
                 0.5, 0.5, "demo", fontsize=64, color=MUTED, alpha=0.10, ha="center", va="center", rotation=25,
                 weight="bold", zorder=0,
             )  # fmt: skip
+        figure.draw_without_rendering()  # lay the panels out once, not for each file
+        figure.set_layout_engine("none")
         for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
             with atomic_path(path.with_suffix(suffix)) as partial:
                 figure.savefig(
@@ -92,7 +95,12 @@ def panels(count: int, columns: int, size: tuple[float, float], **options: Any) 
     columns = min(columns, count)
     lines = math.ceil(count / columns)
     figure, grid = plt.subplots(
-        lines, columns, figsize=(columns * size[0], lines * size[1]), squeeze=False, layout="constrained", **options
+        lines,
+        columns,
+        figsize=(columns * size[0], lines * size[1]),
+        squeeze=False,
+        layout="constrained",
+        **options,
     )
     axes = list(grid.flat)
     for axis in axes[count:]:
@@ -109,7 +117,9 @@ def empty(axis: Axes, reason: str) -> None:
 def model_legend(figure: Figure, models: list[str]) -> None:
     """One legend of the models below the figure."""
     handles = [
-        plt.Line2D([], [], color=MODELS[m].colour, marker="o", linestyle="", markersize=5, label=model_label(m))
+        plt.Line2D(
+            [], [], color=MODELS[m].colour, marker="o", linestyle="", markersize=5, label=model_label(m)
+        )
         for m in models
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(models), 7), handletextpad=0.1)
@@ -148,7 +158,12 @@ def _funnel(settings: dict[str, Any], results: Path, path: Path) -> None:
             for place, (_, gone, kept) in enumerate(steps):
                 label = f"{kept:,}" + (f"  (−{gone:,})" if gone else "")
                 axis.annotate(
-                    label, (kept + gone, place), xytext=(4, 0), textcoords="offset points", va="center", size=7.5
+                    label,
+                    (kept + gone, place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    size=7.5,
                 )
             axis.set_yticks(places, [step[0] for step in steps])
             axis.invert_yaxis()
@@ -176,6 +191,7 @@ def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
             colours = [SPLIT_COLOURS[part] for part in SPLITS]
             axis.hist(parts, bins=bins, stacked=True, color=colours, label=[*SPLITS])
             axis.grid(axis="y")
+            axis.set_ylim(top=1.3 * axis.get_ylim()[1])
             ours = f"here {every.mean():.2f} ({every.std(ddof=1):.2f})" if len(every) > 1 else ""
             if target in paper.index:
                 known = paper.loc[target]
@@ -204,6 +220,7 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         )  # fmt: skip
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])
         axis.set(xlabel="length of the description before truncation (tokens)", ylabel="crystals")
         axis.grid(axis="y")
 
@@ -222,7 +239,9 @@ def plot_results(settings: dict[str, Any], results: Path, output: Path) -> None:
     _parity(settings, results, runs, output / "parity")
     crystals = read_crystals(results)
     sites = pd.Series(site_groups(crystals["n_sites"].to_numpy()), index=crystals.index)
-    _by_group(settings, results, crystals["crystal_system"], CRYSTAL_SYSTEMS, output / "error_by_crystal_system")
+    _by_group(
+        settings, results, crystals["crystal_system"], CRYSTAL_SYSTEMS, output / "error_by_crystal_system"
+    )
     _by_group(settings, results, sites, site_labels(), output / "error_by_sites")
     _cost(settings, runs, output / "cost")
 
@@ -240,7 +259,9 @@ def _seeds(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Pa
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x")
             for place, model in enumerate(models):
-                scores = chosen.loc[(chosen["model"] == model) & (chosen["status"] == "finished"), "mae"].to_numpy()
+                scores = chosen.loc[
+                    (chosen["model"] == model) & (chosen["status"] == "finished"), "mae"
+                ].to_numpy()
                 colour = MODELS[model].colour
                 axis.plot(scores, np.full(len(scores), place), "o", color=colour, markersize=5, alpha=0.75)
                 if len(scores):
@@ -278,9 +299,13 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
                     continue
                 history = pd.read_csv(results / "runs" / target / model / str(seed) / "history.csv")
                 axis.plot(history["epoch"], history["train_loss"], color=MUTED, linewidth=0.7, linestyle="--")
-                axis.plot(history["epoch"], history["validation_loss"], color=MODELS[model].colour, linewidth=1)
+                axis.plot(
+                    history["epoch"], history["validation_loss"], color=MODELS[model].colour, linewidth=1
+                )
                 best = history[history["epoch"] == finished.loc[(target, model, seed), "best_epoch"]]
-                axis.plot(best["epoch"], best["validation_loss"], "o", color=MODELS[model].colour, markersize=3.5)
+                axis.plot(
+                    best["epoch"], best["validation_loss"], "o", color=MODELS[model].colour, markersize=3.5
+                )
                 drawn = True
             if not drawn:
                 axis.text(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", va="center", color=MUTED)
@@ -303,7 +328,7 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
 
-def _product(first: list[str], second: list[str]) -> Iterator[tuple[tuple[int, str], tuple[int, str]]]:
+def _product(first: list[Any], second: list[Any]) -> Iterator[tuple[tuple[int, Any], tuple[int, Any]]]:
     for one in enumerate(first):
         for other in enumerate(second):
             yield one, other
@@ -407,7 +432,13 @@ def _cost(settings: dict[str, Any], runs: pd.DataFrame, path: Path) -> None:
                 values = chosen[column].dropna() * scale
                 if values.empty:
                     axis.text(
-                        0.03, place, "no run", color=MUTED, va="center", transform=axis.get_yaxis_transform(), size=7
+                        0.03,
+                        place,
+                        "no run",
+                        color=MUTED,
+                        va="center",
+                        transform=axis.get_yaxis_transform(),
+                        size=7,
                     )
                     continue
                 if column == "parameters_trainable":
@@ -433,9 +464,23 @@ def plot_attention(settings: dict[str, Any], results: Path, output: Path) -> Non
     """The paper's Figures 2 and 3. `settings` = {source}; `results` must hold `attention/`."""
     maps = read_json(results / "attention" / "maps.json")
     similarity = pd.read_parquet(results / "attention" / "similarity.parquet")
-    _maps(settings, maps, output / "attention_maps")
-    _heads(settings, maps, output / "attention_heads")
-    _similarity(settings, maps, similarity, output / "attention_similarity")
+    draw = {"attention_maps": _maps, "attention_heads": _heads}
+    for name, function in draw.items():
+        if maps["models"]:
+            function(settings, maps, output / name)
+        else:
+            _nothing(settings, "no finished run of CAST", output / name)
+    if len(similarity):
+        _similarity(settings, similarity, output / "attention_similarity")
+    else:
+        _nothing(settings, "no test crystal of two or more nodes", output / "attention_similarity")
+
+
+def _nothing(settings: dict[str, Any], reason: str, path: Path) -> None:
+    with drawing(settings, path) as made:
+        figure, (axis,) = panels(1, 1, (5.0, 1.2))
+        made.append(figure)
+        empty(axis, reason)
 
 
 def word_maps(maps: dict[str, Any], model: str) -> np.ndarray:
@@ -476,7 +521,9 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
                 axis.set_title(f"{model_label(model)}: {role}", color=MODELS[model].colour)
         grid[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
         shown = f" (first {MAX_WORDS} of {len(maps['words'])})" if len(maps["words"]) > MAX_WORDS else ""
-        grid[-1, 0].set_xlabel(f"words of the description of {maps['formula']} ({maps['material_id']}){shown}")
+        grid[-1, 0].set_xlabel(
+            f"words of the description of {maps['formula']} ({maps['material_id']}){shown}"
+        )
         figure.supylabel("nodes (queries)", fontsize=8.5)
         figure.colorbar(
             image, ax=list(grid[:, 0]), label="attention, mean over heads", shrink=0.5, pad=0.06, extend="max"
@@ -507,44 +554,36 @@ def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
             if head == heads - 1:
                 axis.set_xlabel("word of the description (position)")
         figure.supylabel("nodes (queries)", fontsize=8.5)
-        figure.colorbar(image, ax=list(grid.flat), label="attention, last layer", shrink=0.5, pad=0.06, extend="max")
+        figure.colorbar(
+            image, ax=list(grid.flat), label="attention, last layer", shrink=0.5, pad=0.06, extend="max"
+        )
 
 
-def _similarity(settings: dict[str, Any], maps: dict[str, Any], similarity: pd.DataFrame, path: Path) -> None:
+def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) -> None:
     layers = sorted(similarity["layer"].unique())
-    rows = (("mean over heads", similarity[similarity["head"] < 0]), ("each head", similarity[similarity["head"] >= 0]))
+    heads = {"mean over heads": similarity["head"] < 0, "each head": similarity["head"] >= 0}
+    edges = np.linspace(0, 1, 51)
     with drawing(settings, path) as made:
         figure, grid = plt.subplots(
-            2, max(len(layers), 1), figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2), squeeze=False, sharex=True,
-            sharey="row", layout="constrained",
+            2, len(layers), figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2), squeeze=False, sharex=True, sharey="row",
+            layout="constrained",
         )  # fmt: skip
         made.append(figure)
-        counted = similarity[similarity["count"] > 0]
-        lowest = counted["low"].min() if len(counted) else 0.0
-        for line, (name, chosen) in enumerate(rows):
-            if not len(layers):
-                empty(grid[line, 0], "no crystal of two or more nodes")
-                continue
-            for column, layer in enumerate(layers):
-                axis = grid[line, column]
-                for model, role in ROLES:
-                    part = chosen[(chosen["model"] == model) & (chosen["layer"] == layer)]
-                    if part["count"].sum() == 0:
-                        continue
-                    bins = part.groupby("low")["count"].sum()
-                    bins = bins.groupby(np.floor(bins.index * 50 + 1e-9) / 50).sum().reindex(np.arange(50) / 50, fill_value=0)
-                    share = 100 * bins / bins.sum()
-                    axis.stairs(
-                        share, np.linspace(0, 1, 51), fill=True, color=MODELS[model].colour, alpha=0.35,
-                    )  # fmt: skip
-                    axis.stairs(share, np.linspace(0, 1, 51), color=MODELS[model].colour, label=role)
-                axis.grid(axis="y")
-                axis.set_xlim(max(lowest - 0.02, 0), 1)
-                if line == 0:
-                    axis.set_title(f"layer {layer}")
-                else:
-                    axis.set_xlabel("cosine similarity")
-                if column == 0:
-                    axis.set_ylabel(f"node pairs (%), {name}")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        for (line, name), (column, layer) in _product(list(heads), layers):
+            axis = grid[line, column]
+            chosen = similarity[heads[name] & (similarity["layer"] == layer)]
+            for model, role in ROLES:
+                part = chosen[chosen["model"] == model]
+                if part.empty:
+                    continue
+                # the middle of a stored bin: its lower end may round into the bin below
+                counts, _ = np.histogram(part["low"] + 0.5 / BINS, bins=edges, weights=part["count"])
+                share = 100 * counts / counts.sum()
+                axis.stairs(share, edges, fill=True, color=MODELS[model].colour, alpha=0.3)
+                axis.stairs(share, edges, color=MODELS[model].colour, label=role)
+            axis.grid(axis="y")
+            axis.set_xlim(max(similarity["low"].min() - 0.02, 0), 1)
+            axis.set_title(f"layer {layer}" if line == 0 else "")
+            axis.set_xlabel("cosine similarity" if line else "")
+            axis.set_ylabel(f"node pairs (%)\n{name}" if column == 0 else "")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -22,7 +22,9 @@ REFERENCE = (
 
 def model_label(model: str) -> str:
     """Name of a model, or of the baseline, as the tables show it."""
-    return "Training mean (baseline)" if model == BASELINE else MODELS[model].label if model in MODELS else model
+    return (
+        "Training mean (baseline)" if model == BASELINE else MODELS[model].label if model in MODELS else model
+    )
 
 
 def note(cells: pd.DataFrame) -> str:
@@ -153,9 +155,7 @@ def table1_latex(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
         " & " + " & ".join(_escape(size) for size in sizes) + r" \\",
         r"\midrule",
     ]
-    for label, ours, paper in _body(
-        cells, best=r"\textbf{{{}}}".format, second=r"\underline{{{}}}".format
-    ):
+    for label, ours, paper in _body(cells, best=r"\textbf{{{}}}".format, second=r"\underline{{{}}}".format):
         lines.append(_escape(label) + " & " + " & ".join(_escape(cell) for cell in ours) + r" \\")
         if any(paper):
             small = (rf"{{\footnotesize {_escape(cell)}}}" if cell else "" for cell in paper)
@@ -165,6 +165,4 @@ def table1_latex(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
 
 def caption(settings: dict[str, Any]) -> str:
     """What was run on what, in one sentence."""
-    return (
-        f"Dataset {settings['dataset']} (source {settings['source']}), text encoder {settings['text_encoder']}."
-    )
+    return f"Dataset {settings['dataset']} (source {settings['source']}), text encoder {settings['text_encoder']}."

@@ -25,7 +25,9 @@ def test_table1_gives_mean_and_sample_std_over_seeds_with_units(results):
     assert list(table.index) == [*SETTINGS["models"], "training_mean"]
     # seeds 0.40 and 0.41: mean 0.405, sample std 0.01 / sqrt(2)
     assert table.loc["cast", "Total energy MAE mean (eV/atom)"] == pytest.approx(0.405)
-    assert table.loc["cast", "Total energy MAE std, ddof 1 (eV/atom)"] == pytest.approx(0.01 / math.sqrt(2), 1e-4)
+    assert table.loc["cast", "Total energy MAE std, ddof 1 (eV/atom)"] == pytest.approx(
+        0.01 / math.sqrt(2), 1e-4
+    )
     assert table.loc["cast", "Band gap n test"] == 18
     assert table.loc["cast", "Band gap rank"] == 1
     assert table.loc["cast_scratch", "Band gap rank"] == 2
@@ -37,7 +39,9 @@ def test_markdown_and_latex_mark_best_and_second_and_say_reference_only(results)
     assert markdown.count("**0.405 (0.007)**") == 3
     assert markdown.count("<u>0.505 (0.007)</u>") == 3
     assert "Total energy (eV/atom)<br>n = 63 / 9 / 18" in markdown
-    assert "reference only" in markdown and "paper 0.256 (0.045)" in markdown and "difference +" not in markdown
+    assert (
+        "reference only" in markdown and "paper 0.256 (0.045)" in markdown and "difference +" not in markdown
+    )
     assert "paper 0.039" not in markdown  # log_bulk_modulus was not run
     assert latex.count(r"\textbf{0.405 (0.007)}") == 3 and latex.count(r"\underline{") == 3
     assert "ddof = 1" in markdown and "ddof = 1" in latex
@@ -65,7 +69,10 @@ def test_a_gap_is_counted_and_never_averaged(results, gap):
     table = pd.read_csv(tables / "table1.csv").set_index("model")
     assert table.loc["cast", "Band gap MAE mean (eV)"] == pytest.approx(0.40)
     assert math.isnan(table.loc["cast", "Band gap MAE std, ddof 1 (eV)"])
-    assert (table.loc["cast", "Band gap runs finished"], table.loc["cast", "Band gap runs expected"]) == (1, 2)
+    assert (table.loc["cast", "Band gap runs finished"], table.loc["cast", "Band gap runs expected"]) == (
+        1,
+        2,
+    )
     assert math.isnan(table.loc["cast", "Band gap rank"])
     assert table.loc["cast_scratch", "Band gap rank"] == 1
     assert "0.400 (–) [1/2 runs]" in (tables / "table1.md").read_text()
@@ -90,7 +97,12 @@ def test_runs_csv_has_scores_sizes_and_cost(results):
     runs = pd.read_csv(aggregate(results) / "runs.csv")
     assert len(runs) == 3 * 7 * 2
     row = runs.iloc[0]
-    assert (row["target"], row["model"], row["seed"], row["unit"]) == ("total_energy", "structure_only", 0, "eV/atom")
+    assert (row["target"], row["model"], row["seed"], row["unit"]) == (
+        "total_energy",
+        "structure_only",
+        0,
+        "eV/atom",
+    )
     assert row["parameters_total"] == 700_000 and row["parameters_trainable"] == 600_000
     assert (row["seconds"], row["samples_per_second"], row["peak_memory_mb"]) == (12.5, 300.0, 900.0)
     assert {"mae", "rmse", "r2", "epochs"} <= set(runs.columns)

@@ -1,0 +1,243 @@
+"""The report: one HTML file that needs nothing beside it, made from tables, figures and records."""
+
+import base64
+import json
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from castbench.evaluation.aggregate import (
+    RESOURCES,
+    is_paper_setting,
+    ordered_models,
+    ordered_targets,
+    read_json,
+    table1_cells,
+)
+from castbench.labels import MODELS, TARGETS
+from castbench.provenance import atomic_path
+from castbench.report import tables
+from castbench.report.figures import INK, MUTED, RULE, funnel_steps
+
+log = logging.getLogger(__name__)
+
+CAPTIONS = RESOURCES.parent / "report"
+DARK = {INK: "#e6edf3", MUTED: "#9aa4ae", RULE: "#30363d"}
+MAX_SVG = 1_000_000  # bytes; a larger figure is embedded as PNG
+DOWNLOADS = {
+    ".csv": "text/csv",
+    ".md": "text/markdown",
+    ".tex": "application/x-tex",
+    ".jsonl": "application/jsonl",
+}
+OBJECTIVES = {"masked_node": "Masked node prediction (CAST)", "contrastive": "Contrastive (MultiMat)"}
+
+
+def render_report(settings: dict[str, Any], results: Path, output: Path) -> None:
+    """Write the report of `results` (tables, figures, attention, records) to `output`.
+
+    `settings` is the whole configuration, which the report shows.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("castbench.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "significant": significant}
+    environment.globals |= {
+        "figure": lambda name: embed(results / "figures" / name),
+        "caption": caption,
+        "model_label": tables.model_label,
+    }
+    page = environment.get_template("report.html").render(context(settings, results))
+    with atomic_path(output) as partial:
+        partial.write_text(page, encoding="utf-8")
+    log.info("report of %.1f MB in %s", output.stat().st_size / 1e6, output)
+
+
+def number(value: Any) -> str:
+    """A count with thousands separators; a dash for none."""
+    return "–" if value is None or pd.isna(value) else f"{value:,.0f}"
+
+
+def significant(value: Any, digits: int = 3) -> str:
+    """A value to some significant digits without an exponent for everyday sizes; a dash for none."""
+    if value is None or pd.isna(value):
+        return "–"
+    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(decimals, 6)}f}"
+
+
+def caption(name: str) -> str:
+    """The caption that Snakemake's report shows for the same item."""
+    return " ".join((CAPTIONS / f"{name}.rst").read_text(encoding="utf-8").split())
+
+
+def embed(path: Path) -> str:
+    """Data URI of the figure `path`.svg, which follows the reader's light or dark mode; of the PNG if that is smaller by far."""
+    svg = path.with_suffix(".svg")
+    if svg.stat().st_size > MAX_SVG:
+        return data_uri(path.with_suffix(".png").read_bytes(), "image/png")
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
+    head, tag, rest = svg.read_text(encoding="utf-8").partition("<defs>")
+    return data_uri(f"{head}{style}{tag}{rest}".encode(), "image/svg+xml")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """`content` as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
+    """Everything that the template shows."""
+    settings = {
+        key: config[key] for key in ("dataset", "targets", "models", "structure_encoder", "text_encoder")
+    }
+    settings |= {"source": config["materials"]["source"], "seeds": config["training"]["seeds"]}
+    folder = results / "tables"
+    runs = pd.read_csv(folder / "runs.csv")
+    records = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    finished = [record for record in records if record["status"] == "finished"]
+    cells = table1_cells(runs, settings, results)
+    targets = ordered_targets(settings)
+    funnel = read_json(results / "funnel.json")
+    return {
+        "settings": settings,
+        "kind": kind_of_run(settings),
+        "targets": [TARGETS[target] for target in targets],
+        "models": [MODELS[model] for model in ordered_models(settings)],
+        "headers": [tables.header(cells, target) for target in targets],
+        "table1": table1_rows(cells),
+        "table1_note": tables.note(cells),
+        "comparisons": comparison_rows(folder / "comparisons.csv", targets),
+        "table2": pd.read_csv(folder / "table2.csv").to_dict("records"),
+        "funnel": {target: funnel_steps(funnel, target) for target in targets},
+        "collected": funnel["n_collected"],
+        "rejected": sorted(funnel["rejected_by_reason"].items()),
+        "materials": read_json(results / "materials" / "manifest.json"),
+        "graphs": read_json(results / "graphs" / "manifest.json"),
+        "tokens": read_json(results / "tokens" / "manifest.json"),
+        "descriptions": read_json(results / "descriptions.json"),
+        "runs": runs.to_dict("records"),
+        "statuses": sorted(Counter(runs["status"]).items()),
+        "seconds": runs["seconds"].sum(),
+        "pretraining": pretraining_rows(folder / "pretraining.csv"),
+        "attention": attention_summary(results),
+        "deviations": yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8")),
+        "versions": distinct(finished, "versions"),
+        "hardware": distinct([record["cost"] for record in finished], "hardware"),
+        "commits": sorted({str(record.get("commit")) for record in finished}),
+        "inputs": distinct(finished, "inputs"),
+        "configuration": yaml.safe_dump(config, sort_keys=False),
+        "downloads": [
+            (file.name, data_uri(file.read_bytes(), DOWNLOADS[file.suffix]), file.stat().st_size)
+            for file in sorted(folder.iterdir())
+            if file.suffix in DOWNLOADS
+        ],
+    }
+
+
+def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
+    """Badge and warning that say what the numbers may be compared with."""
+    if settings["source"] == "demo":
+        return {
+            "badge": "demo",
+            "text": "A demo run on the small prototype crystals that come with the project, labelled by its own density-"
+            "functional theory. It shows that the pipeline works; its numbers are neither the paper's nor evidence for or "
+            "against a model. Energies above hull come from a hull that knows only the phases in this set.",
+        }
+    if is_paper_setting(settings):
+        return {
+            "badge": "paper",
+            "text": "The paper's data source and encoders: its values are compared with ours.",
+        }
+    return {
+        "badge": "own data",
+        "text": "Data or encoders are not the paper's, whose values are shown for reference only.",
+    }
+
+
+def table1_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of Table 1: label, colour, inputs and cells with text, rank, paper's text, and `near`.
+
+    `near` is whether a comparable value lies within two combined standard deviations of the paper's.
+    """
+    rows = []
+    for model, group in tables.rows(cells):
+        shown = []
+        for cell in group:
+            near = None
+            if cell["comparable"] is True:
+                near = abs(cell["difference"]) <= 2 * math.hypot(cell["std"], cell["paper_std"])
+            paper = "" if math.isnan(cell["paper_mean"]) else tables.paper_text(cell)
+            text = tables.cell_text(cell)
+            shown.append(
+                {"text": text, "mean": cell["mean"], "rank": cell["rank"], "paper": paper, "near": near}
+            )
+        known = MODELS.get(model)
+        rows.append(
+            {
+                "label": tables.model_label(model),
+                "colour": known.colour if known else None,
+                "inputs": known.inputs if known else "",
+                "cells": shown,
+            }
+        )
+    return rows
+
+
+def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """(models compared, a cell or None for each target); a cell whose interval excludes zero is "near" (better) or "far"."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in pd.read_csv(file).to_dict("records"):
+        clear = row["low"] > 0 or row["high"] < 0
+        verdict = ("near" if row["difference"] < 0 else "far") if clear else ""
+        found.setdefault((row["model"], row["minus"]), {})[row["target"]] = row | {"verdict": verdict}
+    return [
+        (
+            f"{tables.model_label(model)} − {tables.model_label(other)}",
+            [cells.get(target) for target in targets],
+        )
+        for (model, other), cells in found.items()
+    ]
+
+
+def pretraining_rows(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns that hold anything, and the rows, of `pretraining.csv`."""
+    frame = pd.read_csv(file).dropna(axis="columns", how="all")
+    frame["objective"] = frame["objective"].map(lambda name: OBJECTIVES.get(name, name))
+    return list(frame.columns), frame.to_dict("records")
+
+
+def attention_summary(results: Path) -> dict[str, Any]:
+    """What the attention figures show, in numbers, and whether pretraining has the effect that the paper reports."""
+    maps = read_json(results / "attention" / "maps.json")
+    similarity = maps.get("similarity", {})
+    summary: dict[str, Any] = {"maps": bool(maps.get("models")), "similarity": similarity, "verdict": ""}
+    summary |= {key: maps.get(key) for key in ("material_id", "formula", "split", "target", "seed")}
+    without, with_ = (similarity.get(name, {}).get("mean_by_layer", []) for name in ("cast_scratch", "cast"))
+    if without and with_:
+        lower = sum(b < a for a, b in zip(without, with_, strict=True))
+        seen = "seen" if lower == len(without) else "seen in part" if lower else "not seen"
+        summary["verdict"] = (
+            f"With pretraining the nodes of a crystal read more varied words in {lower} of {len(without)} layers "
+            f"(mean similarity in the last layer {without[-1]:.3f} without, {with_[-1]:.3f} with): "
+            f"the effect that the paper reports is {seen} here."
+        )
+    return summary
+
+
+def distinct(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The different values that records have for a key, in order of appearance."""
+    values = {json.dumps(record[key], sort_keys=True): record[key] for record in records if record.get(key)}
+    return list(values.values())

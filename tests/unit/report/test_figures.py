@@ -1,0 +1,109 @@
+import shutil
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from castbench.labels import MODELS
+from castbench.provenance import write_json
+from castbench.report.figures import (
+    funnel_steps,
+    plot_attention,
+    plot_dataset,
+    plot_results,
+    site_groups,
+    word_maps,
+)
+
+NAMES = {
+    "dataset_funnel", "target_histograms", "token_lengths", "results_by_seed", "learning_curves", "parity",
+    "error_by_crystal_system", "error_by_sites", "cost", "attention_maps", "attention_heads", "attention_similarity",
+}  # fmt: skip
+
+
+def test_every_figure_is_there_as_svg_and_png_and_has_a_caption(results, root):
+    files = {file.name for file in (results / "figures").iterdir()}
+    assert files == {f"{name}.{suffix}" for name in NAMES for suffix in ("svg", "png")}
+    for name in NAMES:
+        assert ET.parse(results / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        image = np.asarray(Image.open(results / "figures" / f"{name}.png").convert("L"))
+        assert image.std() > 5, f"{name} is blank"
+        assert (root / "workflow" / "report" / f"{name}.rst").read_text().strip()
+
+
+def test_figures_are_the_same_bytes_again_and_only_a_demo_is_watermarked(results, settings, tmp_path):
+    plot_dataset(settings, results, tmp_path / "demo")
+    plot_dataset(settings | {"source": "local"}, results, tmp_path / "own")
+    for file in (tmp_path / "demo").iterdir():
+        assert file.read_bytes() == (results / "figures" / file.name).read_bytes(), file.name
+        assert file.read_bytes() != (tmp_path / "own" / file.name).read_bytes()
+    assert "<!-- demo -->" in (tmp_path / "demo" / "token_lengths.svg").read_text()
+    assert "<!-- demo -->" not in (tmp_path / "own" / "token_lengths.svg").read_text()
+
+
+def test_models_have_the_palette(results, settings):
+    svg = (results / "figures" / "results_by_seed.svg").read_text().lower()
+    assert all(MODELS[model].colour.lower() in svg for model in settings["models"])
+
+
+def test_gaps_are_said(results, settings, tmp_path):
+    """A failed run, a model without any, and a target with too few crystals."""
+    copy = shutil.copytree(results, tmp_path / "results")
+    empty = {"target": "band_gap", "status": "too_few", "train": [], "validation": [], "test": []}
+    write_json(copy / "splits" / "band_gap.json", empty)
+    runs = pd.read_csv(copy / "tables" / "runs.csv")
+    runs.loc[(runs["model"] == "cast") & (runs["seed"] == 1), ["status", "mae"]] = ["failed", np.nan]
+    runs.loc[runs["model"] == "multimat", ["status", "mae"]] = ["missing", np.nan]
+    runs.loc[runs["target"] == "band_gap", ["status", "mae"]] = ["skipped", np.nan]
+    runs.to_csv(copy / "tables" / "runs.csv", index=False)
+    for gone in ("total_energy/multimat", "band_gap"):
+        shutil.rmtree(copy / "runs" / gone)
+    plot_dataset(settings, copy, copy / "figures")
+    plot_results(settings, copy, copy / "figures")
+    svg = {file.stem: file.read_text() for file in (copy / "figures").glob("*.svg")}
+    assert "<!-- 1 of 2 runs missing -->" in svg["results_by_seed"]
+    assert "<!-- 2 of 2 runs missing -->" in svg["results_by_seed"]
+    assert "<!-- no run -->" in svg["parity"] and "<!-- no run -->" in svg["learning_curves"]
+    assert "<!-- too few crystals -->" in svg["target_histograms"]
+    assert "<!-- too few crystals -->" in svg["error_by_sites"]
+
+
+def test_attention_figures_without_any_run(settings, tmp_path):
+    (tmp_path / "attention").mkdir()
+    write_json(
+        tmp_path / "attention" / "maps.json",
+        {"models": {}, "similarity": {}, "target": "band_gap", "seed": 0},
+    )
+    columns = ["model", "layer", "head", "low", "count"]
+    pd.DataFrame(columns=columns).to_parquet(tmp_path / "attention" / "similarity.parquet")
+    plot_attention(settings, tmp_path, tmp_path / "figures")
+    for name in ("attention_maps", "attention_heads", "attention_similarity"):
+        assert (tmp_path / "figures" / f"{name}.svg").exists()
+
+
+def test_a_word_has_the_attention_of_its_pieces():
+    maps = {"words": ["[CLS]", "mgo"], "word_of_piece": [0, 1, 1], "models": {"cast": [[[[0.5, 0.2, 0.3]]]]}}
+    assert word_maps(maps, "cast") == pytest.approx(np.array([[[[0.5, 0.5]]]]))
+
+
+def test_groups_of_sites():
+    assert list(site_groups(np.array([1, 2, 3, 4, 5, 32, 33]))) == [
+        "1",
+        "2",
+        "3–4",
+        "3–4",
+        "5–8",
+        "17–32",
+        "> 32",
+    ]
+
+
+def test_the_funnel_starts_with_what_was_collected():
+    funnel = {
+        "n_collected": 9,
+        "targets": {"band_gap": {"steps": [{"filter": "a_b", "removed": 2, "left": 7}]}},
+    }
+    assert funnel_steps(funnel, "band_gap") == [("collected", 0, 9), ("a b", 2, 7)]
+    assert funnel_steps(funnel, "total_energy") == [("collected", 0, 9)]

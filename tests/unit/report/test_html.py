@@ -1,0 +1,153 @@
+import base64
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from castbench.provenance import write_json
+from castbench.report.html import attention_summary, kind_of_run, render_report, significant
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Balanced(HTMLParser):
+    """Fails on tags that are not closed in order; collects ids and link targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(results, config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    render_report(config, results, output)
+    return output.read_text()
+
+
+def test_one_file_that_needs_nothing_beside_it(page):
+    assert len(page.encode()) < 10e6
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert "@import" not in page and "url(http" not in page
+    assert not re.search(r"<(link|iframe|object)\b", page) and "<script src" not in page
+
+
+def test_the_markup_is_sound_and_the_navigation_complete(page):
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
+    anchors = {link[1:] for link in parser.links if link.startswith("#")}
+    assert anchors == set(re.findall(r'<section id="([^"]+)"', page))
+
+
+def test_sections_stand_in_the_order_that_readers_want(page):
+    sections = re.findall(r'<section id="([^"]+)"', page)
+    assert sections[0] == "table1"
+    order = [
+        "table1",
+        "data",
+        "seeds",
+        "curves",
+        "parity-plots",
+        "groups",
+        "attention",
+        "costs",
+        "deviations",
+        "versions",
+    ]
+    assert [name for name in sections if name in order] == order
+
+
+def test_a_demo_says_so_in_every_section(page):
+    for section in re.findall(r"<section.*?</section>", page, flags=re.DOTALL):
+        assert '<span class="badge demo">demo</span>' in section
+    assert "hull that knows only the phases in this set" in page
+
+
+def test_it_says_what_ran_where(page):
+    for text in ("Invented CPU", "abc123", "minilm", "63 / 9 / 18", "20 finished", "2.13.0", "0, 1"):
+        assert text in page, text
+
+
+def test_every_item_says_how_to_rebuild_it(page):
+    for item in (
+        "tables/table1.csv",
+        "tables/table2.csv",
+        "tables/runs.csv",
+        "figures/parity.svg",
+        "report.html",
+    ):
+        assert f"snakemake --cores all --force results/invented/{item}" in page, item
+
+
+def test_downloads_are_the_tables(page, results):
+    found = dict(re.findall(r'download="invented-([^"]+)" href="data:[^,]*;base64,([^"]+)"', page))
+    assert set(found) == {file.name for file in (results / "tables").iterdir()}
+    assert base64.b64decode(found["table1.csv"]) == (results / "tables" / "table1.csv").read_bytes()
+
+
+def test_text_of_the_data_is_escaped(results, config, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    runs = pd.read_csv(copy / "tables" / "runs.csv").astype({"reason": object})
+    runs.loc[0, ["status", "reason"]] = ["failed", "<script>alert(1)</script>"]
+    runs.to_csv(copy / "tables" / "runs.csv", index=False)
+    render_report(config, copy, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_the_pretraining_effect_is_judged_from_the_numbers(results, tmp_path):
+    assert "the effect that the paper reports is seen here" in attention_summary(results)["verdict"]
+    for with_, verdict in (([0.96, 0.5], "seen in part"), ([0.96, 0.97], "not seen")):
+        similarity = {
+            "cast_scratch": {"mean_by_layer": [0.95, 0.95]},
+            "cast": {"mean_by_layer": with_},
+        }
+        write_json(tmp_path / "attention" / "maps.json", {"models": {}, "similarity": similarity})
+        assert f"is {verdict} here" in attention_summary(tmp_path)["verdict"]
+
+
+def test_a_report_without_attention(results, config, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results", ignore=shutil.ignore_patterns("attention*"))
+    render_report(config, copy, tmp_path / "report.html")
+    assert "No finished run of CAST" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "encoder", "badge"),
+    [
+        ("demo", "minilm", "demo"),
+        ("local", "matscibert", "own data"),
+        ("materials_project", "matscibert", "paper"),
+    ],
+)
+def test_badge(source, encoder, badge):
+    assert kind_of_run({"source": source, "text_encoder": encoder})["badge"] == badge
+
+
+def test_deviations_are_complete(root):
+    import yaml
+
+    entries = yaml.safe_load((root / "workflow" / "resources" / "deviations.yaml").read_text())
+    assert len({entry["id"] for entry in entries}) == len(entries)
+    for entry in entries:
+        assert set(entry) == {"id", "paper", "here", "why", "switch"}
+        assert all(isinstance(value, str) and value.strip() for value in entry.values())
+
+
+def test_significant():
+    values = [0.123456, 12345.6, 0, None, float("nan"), 0.00012]
+    assert [significant(value) for value in values] == ["0.123", "12,346", "0", "–", "–", "0.000120"]
