@@ -32,13 +32,16 @@ OBJECTIVES = {
 def build_model(name: str, architecture: dict[str, Any], encoder: Path | None) -> Network:
     """A model of `REGISTRY` with random new weights; `encoder` is the folder of the text encoder.
 
-    `architecture` holds the sections of the config that the model uses. Raises InputError for an unknown name.
+    `architecture` holds the sections of the config that the model uses.
+
+    Raises:
+        InputError: unknown name.
     """
     return _build(REGISTRY, "model", name, architecture, encoder)
 
 
 def build_pretraining(objective: str, architecture: dict[str, Any], encoder: Path | None) -> Network:
-    """A pretraining network of `OBJECTIVES` with random new weights; arguments and errors as for `build_model`."""
+    """A pretraining network of `OBJECTIVES`; arguments and errors as for `build_model`."""
     return _build(OBJECTIVES, "objective", objective, architecture, encoder)
 
 

@@ -1,4 +1,4 @@
-"""What every model has in common: its encoders, the inputs it needs, its parameter groups, its trained state."""
+"""What every model has in common: its encoders, needed inputs, parameter groups and trained state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a pretraining network makes of a batch: the mean loss over `count` guesses, `correct` of them right."""
+    """A pretraining network on a batch: the mean loss over `count` guesses, `correct` of them right."""
 
     loss: Tensor
     correct: Tensor
@@ -72,6 +72,6 @@ class Network(nn.Module):
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if wrong:
             raise InputError(
-                f"model state: {wrong[0]} does not fit this architecture; use the settings it was trained with"
+                f"model state: {wrong[0]} does not fit this architecture; use the settings of its training"
             )
         self.load_state_dict(state, strict=False)

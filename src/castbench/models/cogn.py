@@ -1,6 +1,7 @@
-"""coGN, the structure encoder: message passing on the asymmetric unit (Ruff et al., Digital Discovery 3, 594, 2024).
+"""coGN, the structure encoder: message passing on the asymmetric unit.
 
-Sizes and details follow the reference's Matbench settings: 697,601 parameters with the head at width 128, depth 5.
+Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the reference's Matbench settings: 697,601
+parameters with the head at width 128 and depth 5.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ N_HIDDEN = 4  # layers of the message network after its first
 class MessageBlock(nn.Module):
     """One round of messages; equal in function to an MLP on the concatenation of edge, receiver and sender.
 
-    The first layer of that MLP is linear before its activation, so its receiver and sender parts are computed once a
-    node, not once an edge, and its edge part once together with the edge input layer.
+    The first layer of that MLP is linear before its activation: its receiver and sender parts are computed once a
+    node, not once an edge, and its edge part is joined with the edge input layer.
     """
 
     def __init__(self, width: int):
@@ -74,7 +75,7 @@ class CoGN(nn.Module):
         return torch.exp((distances[:, None] - self.centres).square() / (-2 * spacing))
 
     def nodes(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Node states (N, width); `hidden` (width,) replaces the whole input of the nodes in `batch.masked_nodes`."""
+        """Node states (N, width); `hidden` (width,) replaces the whole input of `batch.masked_nodes`."""
         elements = self.node_input(torch.cat([self.embedding.weight[:N_ELEMENTS], self.facts], dim=1))
         states = elements.index_select(0, batch.atomic_numbers - 1)
         if hidden is not None:
@@ -85,7 +86,7 @@ class CoGN(nn.Module):
         return states
 
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
-        """Mean (B, width) of node states (N, width), each weighted by the number of atoms that it stands for."""
+        """Mean (B, width) of node states (N, width), weighted by the number of atoms they stand for."""
         crystal, weight = segments(batch.node_offsets), batch.multiplicities
         total = scatter(nodes * weight[:, None], crystal, dim_size=batch.n, reduce="sum")
         return total / scatter(weight, crystal, dim_size=batch.n, reduce="sum")[:, None]

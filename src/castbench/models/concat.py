@@ -1,6 +1,6 @@
 """CrysMMNet: crystal vector and text vector, projected and concatenated (Das et al., UAI 2023).
 
-Heads and fusion as in the reference, on coGN instead of ALIGNN, as the CAST paper compares it (section 4.3.2).
+Heads and fusion as in the reference, on coGN instead of ALIGNN: the comparison of the CAST paper (4.3.2).
 """
 
 from __future__ import annotations

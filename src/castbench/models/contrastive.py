@@ -1,4 +1,4 @@
-"""MultiMat: contrastive pretraining of the structure encoder against text (Moro et al. 2024; CAST, section 4.3.3)."""
+"""MultiMat: contrastive pretraining of the structure encoder against text (Moro et al. 2024; CAST, 4.3.3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from castbench.models.text import TextEncoder
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
-    """Symmetric InfoNCE of paired vectors (B, d): each row of one has to find its partner among the rows of the other."""
+    """Symmetric InfoNCE of paired vectors (B, d): each row has to find its partner among the other rows."""
     similarity = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature
     partner = torch.arange(len(a), device=a.device)
     loss = (
@@ -43,7 +43,7 @@ class ContrastivePretraining(Network):
         )
 
     def forward(self, batch: Batch) -> Outcome:
-        """Loss over the batch; `correct` counts crystals that find their text and texts that find their crystal."""
+        """Loss over the batch; `correct` is the mean of crystals that find their text, and the reverse."""
         return info_nce(self.cogn(batch), self.project_text(self.text.cls(batch)), self.temperature)
 
 

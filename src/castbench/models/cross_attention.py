@@ -1,11 +1,10 @@
 """CAST: the nodes of a crystal attend to the tokens of its text (Lee et al. 2025, sections 2.3 and 4.3.1).
 
-The paper fixes four cross-attention layers, eight heads, width 128, nodes as queries, tokens as keys and values. Chosen
-here: a feed-forward block behind each attention; layer normalisation before each block (pre-LN), which leaves coGN's
-states on an untouched residual path; no normalisation of keys and values, which leave the text encoder normalised.
+The paper fixes four cross-attention layers, eight heads, width 128, nodes as queries, tokens as keys and values.
+Chosen here: a feed-forward block behind each attention; layer normalisation before each block (pre-LN), which leaves
+coGN's states on an untouched residual path; none for the tokens, which leave the text encoder normalised.
 
-Node states travel packed; only queries, keys and values are padded, after their projections. Axis suffixes: B crystals,
-N nodes (padded), T tokens (padded), H heads, d width of a head.
+Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width of a row, d width of a head.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class CrossAttentionLayer(nn.Module):
     def forward(
         self, h_BND: Tensor, k_BTD: Tensor, v_BTD: Tensor, mask_BT: Tensor, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Node states after the layer; on demand also the attention weights (B, H, N, T), 0 at padded tokens."""
+        """Node states after the layer; on demand also the weights (B, H, N, T), 0 at padded tokens."""
         q_BHNd, k_BHTd, v_BHTd = map(self._split, (self.query(self.norm(h_BND)), k_BTD, v_BTD))
         mask_B11T, weights_BHNT = mask_BT[:, None, None, :], None
         if weights:
@@ -67,22 +66,32 @@ class Fusion(nn.ModuleList):
         super().__init__(CrossAttentionLayer(n_node, n_text, **sizes) for _ in range(layers))
 
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
-        """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text) of their text."""
-        # Keys and values of all layers in one product: they depend on the text alone.
-        weight = torch.cat([part.weight for layer in self for part in (layer.key, layer.value)])
-        bias = torch.cat([part.bias for layer in self for part in (layer.key, layer.value)])
+        """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text)."""
         fused, places = [], []
         for crystals in by_length(batch.token_offsets):
             rows, node_offsets = rows_of(batch.node_offsets, crystals)
             token_rows, token_offsets = rows_of(batch.token_offsets, crystals)
             h_BND, _ = pad(nodes.index_select(0, rows), node_offsets)
-            tokens_BTD, mask_BT = pad(tokens.index_select(0, token_rows), token_offsets)
-            kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(2 * len(self), dim=-1)
-            for layer, k_BTD, v_BTD in zip(self, kv_BTD[::2], kv_BTD[1::2], strict=True):
-                h_BND, _ = layer(h_BND, k_BTD, v_BTD, mask_BT)
+            h_BND, _ = self.attend(h_BND, *pad(tokens.index_select(0, token_rows), token_offsets))
             fused.append(unpad(h_BND, node_offsets))
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
+
+    def attend(
+        self, h_BND: Tensor, tokens_BTD: Tensor, mask_BT: Tensor, weights: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
+        # Keys and values of all layers in one product: they depend on the text alone.
+        projections = [part for layer in self for part in (layer.key, layer.value)]
+        weight = torch.cat([part.weight for part in projections])
+        bias = torch.cat([part.bias for part in projections])
+        kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(len(projections), dim=-1)
+        maps = []
+        for layer, k_BTD, v_BTD in zip(self, kv_BTD[::2], kv_BTD[1::2], strict=True):
+            h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
+            if weights_BHNT is not None:
+                maps.append(weights_BHNT)
+        return h_BND, maps
 
 
 class CrossAttentionNetwork(Network):
@@ -110,16 +119,17 @@ class Cast(CrossAttentionNetwork):
         return self.head(self.cogn.readout(fused, batch))
 
     def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Predictions (B,) and each layer's attention weights (B, H, N, T).
+        """Predictions (B,) and each layer's attention weights (B, H, N, T), by the formula that fused kernels hide.
 
-        Rows of padded nodes mean nothing; the real ones sum to 1 over the crystal's tokens and are 0 at padding.
+        Rows of real nodes sum to 1 over the crystal's tokens and are 0 at padding; padded rows mean nothing.
         """
-        fused, weights = self.fusion.with_weights(self.cogn.nodes(batch), self.text(batch), batch)
-        return self.head(self.cogn.readout(fused, batch)), weights
+        h_BND, _ = pad(self.cogn.nodes(batch), batch.node_offsets)
+        h_BND, maps = self.fusion.attend(h_BND, *pad(self.text(batch), batch.token_offsets), weights=True)
+        return self.head(self.cogn.readout(unpad(h_BND, batch.node_offsets), batch)), maps
 
 
 class MaskedNodePretraining(CrossAttentionNetwork):
-    """Masked node prediction: name the element of nodes whose whole input is hidden, from neighbours and text."""
+    """Masked node prediction: from neighbours and text, name the element of nodes whose input is hidden."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
         super().__init__(architecture, encoder)

@@ -26,7 +26,7 @@ class Regression(nn.Sequential):
 
 
 class ProjectionHead(nn.Module):
-    """CrysMMNet's projection of one modality (B, n_in) -> (B, width): a residual two-layer block with LayerNorm."""
+    """CrysMMNet's projection of one modality, (B, n_in) -> (B, width): two layers, residual, LayerNorm."""
 
     def __init__(self, n_in: int, width: int, dropout: float):
         super().__init__()

@@ -1,7 +1,7 @@
 """The text encoder in a model: cached states as they are (frozen), or its upper layers tuned with LoRA.
 
-The frozen weights never see dropout, so that their part of the network is one fixed function; only LoRA's own dropout
-is active in training.
+The frozen weights never see dropout, so that their part of the network is one fixed function; only LoRA's own
+dropout is active in training.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class TextEncoder(nn.Module):
     """Token states (T, width) or [CLS] states (B, width) of a text encoder.
 
-    Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded. With
-    `lora` {rank, alpha, dropout, layers}, it starts from cached states below the top `layers` layers, or from token
-    ids where that is all of them, and adapts query and value of those layers.
+    Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded.
+    With `lora` {rank, alpha, dropout, layers}, it starts from cached states below the top `layers` layers, or
+    from token ids where that is all of them, and adapts query and value of those layers.
 
     Raises:
         InputError: `layers` is neither "all" nor between 1 and the number of layers.

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from castbench.errors import InputError
+from castbench.models.text import TextEncoder, TextOnly
+from castbench.text.encoders import LayeredEncoder
+from model_batches import join
+
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.5, "layers": 2}
+
+
+@pytest.fixture(params=[1, 2, 3, "all"])
+def tuned(request, encoder):
+    torch.manual_seed(0)
+    return TextEncoder(encoder, LORA | {"layers": request.param}).eval()
+
+
+def away_from_start(text):
+    with torch.no_grad():
+        for name, parameter in text.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2)
+    return text
+
+
+def cached(text, crystals):
+    return join(crystals(text.start_layer or None))
+
+
+def test_frozen_encoder_hands_on_the_cached_states(encoder, crystals):
+    text, batch = TextEncoder(encoder, None), join(crystals(3))
+    assert (text.mode, text.start_layer, text.needs) == ("frozen", 3, {"token_states"})
+    assert text(batch) is batch.token_states
+    assert torch.equal(text.cls(batch), batch.token_states[batch.token_offsets[:-1]])
+    assert not list(text.parameters())
+
+
+def test_lora_starts_as_the_frozen_encoder(tuned, crystals):
+    final = join(crystals(3))
+    batch = cached(tuned, crystals)
+    assert tuned.needs == ({"token_ids"} if tuned.start_layer == 0 else {"token_states"})
+    torch.testing.assert_close(tuned(batch), final.token_states, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_changes_the_states_of_every_token(tuned, crystals):
+    batch = cached(tuned, crystals)
+    before = tuned(batch)
+    after = away_from_start(tuned)(batch)
+    assert ((after - before).abs().amax(dim=1) > 1e-4).all()
+
+
+def test_first_token_alone_equals_the_full_run(tuned, crystals):
+    away_from_start(tuned)
+    batch = cached(tuned, crystals)
+    full = tuned(batch)[batch.token_offsets[:-1]]
+    torch.testing.assert_close(tuned.cls(batch), full, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_the_first_token_equal_those_of_the_full_run(tuned, crystals):
+    away_from_start(tuned)
+    batch = cached(tuned, crystals)
+    gradients = []
+    for states in (tuned.cls(batch), tuned(batch)[batch.token_offsets[:-1]]):
+        tuned.zero_grad()
+        states.square().sum().backward()
+        gradients.append([p.grad for p in tuned.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_dropout_is_loras_alone(encoder, crystals):
+    text, batch = TextEncoder(encoder, LORA).train(), join(crystals(1))
+    assert torch.equal(text(batch), text(batch))  # B = 0: LoRA adds nothing, and the backbone has no dropout
+    away_from_start(text)
+    assert not torch.equal(text(batch), text(batch))
+    assert torch.equal(text.eval()(batch), text(batch))
+
+
+def test_lora_adapts_query_and_value_of_the_upper_layers(encoder):
+    text = TextEncoder(encoder, LORA)
+    names = [name for name, p in text.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 2 * 2  # layers, query and value, A and B
+    assert all(".lora_" in name and ("query" in name or "value" in name) for name in names)
+    assert {name.split("layers.")[1][0] for name in names} == {"1", "2"}
+
+
+def test_minilm_at_rank_8_has_73728_lora_parameters():
+    """On a model of that size without its weights."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        model = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536))
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=["query", "value"]), LayeredEncoder(model))
+    assert sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name) == 73_728
+
+
+@pytest.mark.parametrize("layers", [0, 4, "top", 1.5, None])
+def test_impossible_number_of_layers_is_refused(encoder, layers):
+    with pytest.raises(InputError, match=r"architecture\.lora\.layers: .* from 1 to 3"):
+        TextEncoder(encoder, LORA | {"layers": layers})
+
+
+def test_text_only_reads_no_graph(encoder):
+    assert TextOnly({"lora": LORA}, encoder).needs == {"token_states"}
