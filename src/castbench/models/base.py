@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from castbench.errors import InputError
+from castbench.models.batch import ABSENT
 
 if TYPE_CHECKING:
     from castbench.models.cogn import CoGN
     from castbench.models.text import TextEncoder
 
 
-class Outcome(NamedTuple):
+@dataclass  # not frozen: Fabric walks through what a module returns
+class Outcome:
     """A pretraining network on a batch: the mean loss over `count` guesses, `correct` of them right."""
 
     loss: Tensor
@@ -29,7 +32,7 @@ class Network(nn.Module):
 
     pretrained: tuple[str, ...] = ()  # submodules that start from the pretraining network
 
-    def __init__(self, cogn: CoGN | None = None, text: TextEncoder | None = None):
+    def __init__(self, cogn: CoGN = ABSENT, text: TextEncoder = ABSENT):
         super().__init__()
         self.cogn = cogn
         self.text = text

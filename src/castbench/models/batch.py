@@ -5,12 +5,14 @@ Shapes: B crystals, N nodes, E edges and T tokens over the whole batch, d the wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+ABSENT: Any = None  # typed as present, since a model reads only what it declares to need
 GROUP = 16  # crystals that are padded to one length together
 
 
@@ -19,25 +21,26 @@ class Batch:
     """What a model may read; a part is None when the model does not declare that it needs it."""
 
     n: int  # crystals B
-    atomic_numbers: Tensor | None = None  # (N,) int64
-    multiplicities: Tensor | None = None  # (N,) atoms of the cell that a node stands for
-    node_offsets: Tensor | None = None  # (B + 1,) int64
-    edge_source: Tensor | None = None  # (E,) int64, node index within the batch
-    edge_target: Tensor | None = None  # (E,) int64, node index within the batch
-    distances: Tensor | None = None  # (E,) angstrom
-    edge_multiplicities: Tensor | None = None  # (E,) parallel edges that an edge stands for
-    token_ids: Tensor | None = None  # (T,) int64
-    token_states: Tensor | None = None  # (T, d) hidden states of the text encoder
-    token_offsets: Tensor | None = None  # (B + 1,) int64
-    targets: Tensor | None = None  # (B,) standardised
-    masked_nodes: Tensor | None = None  # (N,) bool, nodes whose input is hidden
+    atomic_numbers: Tensor = ABSENT  # (N,) int64
+    multiplicities: Tensor = ABSENT  # (N,) atoms of the cell that a node stands for
+    node_offsets: Tensor = ABSENT  # (B + 1,) int64
+    edge_source: Tensor = ABSENT  # (E,) int64, node index within the batch
+    edge_target: Tensor = ABSENT  # (E,) int64, node index within the batch
+    distances: Tensor = ABSENT  # (E,) angstrom
+    edge_multiplicities: Tensor = ABSENT  # (E,) parallel edges that an edge stands for
+    token_ids: Tensor = ABSENT  # (T,) int64
+    token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder
+    token_offsets: Tensor = ABSENT  # (B + 1,) int64
+    targets: Tensor = ABSENT  # (B,) standardised
+    masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values}
-        )
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def segments(offsets: Tensor) -> Tensor:

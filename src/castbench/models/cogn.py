@@ -1,7 +1,7 @@
 """coGN, the structure encoder: message passing on the asymmetric unit.
 
-Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the reference's Matbench settings: 697,601
-parameters with the head at width 128 and depth 5.
+Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the reference's Matbench settings:
+697,601 parameters with the head at width 128 and depth 5.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ N_HIDDEN = 4  # layers of the message network after its first
 class MessageBlock(nn.Module):
     """One round of messages; equal in function to an MLP on the concatenation of edge, receiver and sender.
 
-    The first layer of that MLP is linear before its activation: its receiver and sender parts are computed once a
-    node, not once an edge, and its edge part is joined with the edge input layer.
+    The first layer of that MLP is linear before its activation: its receiver and sender parts are computed
+    once a node, not once an edge, and its edge part is joined with the edge input layer.
     """
 
     def __init__(self, width: int):
@@ -56,6 +56,9 @@ class MessageBlock(nn.Module):
 
 class CoGN(nn.Module):
     """Structure encoder: crystal graphs to node states (N, width) and crystal vectors (B, width)."""
+
+    facts: Tensor
+    centres: Tensor
 
     def __init__(self, width: int, depth: int):
         super().__init__()

@@ -1,8 +1,9 @@
 """CAST: the nodes of a crystal attend to the tokens of its text (Lee et al. 2025, sections 2.3 and 4.3.1).
 
-The paper fixes four cross-attention layers, eight heads, width 128, nodes as queries, tokens as keys and values.
-Chosen here: a feed-forward block behind each attention; layer normalisation before each block (pre-LN), which leaves
-coGN's states on an untouched residual path; none for the tokens, which leave the text encoder normalised.
+The paper fixes four cross-attention layers, eight heads, width 128, nodes as queries, tokens as keys and
+values. Chosen here: a feed-forward block behind each attention; layer normalisation before each block
+(pre-LN), which leaves coGN's states on an untouched residual path; none for the tokens, which leave the text
+encoder normalised.
 
 Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width of a row, d width of a head.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
 from castbench.models.cogn import CoGN
@@ -82,12 +84,13 @@ class Fusion(nn.ModuleList):
     ) -> tuple[Tensor, list[Tensor]]:
         """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
         # Keys and values of all layers in one product: they depend on the text alone.
-        projections = [part for layer in self for part in (layer.key, layer.value)]
+        layers: list[Any] = list(self)
+        projections = [part for layer in layers for part in (layer.key, layer.value)]
         weight = torch.cat([part.weight for part in projections])
         bias = torch.cat([part.bias for part in projections])
         kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(len(projections), dim=-1)
         maps = []
-        for layer, k_BTD, v_BTD in zip(self, kv_BTD[::2], kv_BTD[1::2], strict=True):
+        for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
             h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
             if weights_BHNT is not None:
                 maps.append(weights_BHNT)
@@ -95,10 +98,19 @@ class Fusion(nn.ModuleList):
 
 
 class CrossAttentionNetwork(Network):
-    """coGN, the text encoder and their fusion: what pretraining and property prediction share."""
+    """coGN, the text encoder and their fusion: what pretraining and property prediction share.
+
+    Raises:
+        InputError: the heads do not divide the width.
+    """
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
         sizes = dict(architecture["cross_attention"])
+        if sizes["width"] % sizes["heads"]:
+            width, heads = sizes["width"], sizes["heads"]
+            raise InputError(
+                f"architecture.cross_attention: {heads} heads do not divide width {width}; change one"
+            )
         lora = architecture["lora"] if sizes.pop("text") == "lora" else None
         super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora))
         self.fusion = Fusion(self.cogn.width, self.text.width, **sizes)
@@ -119,7 +131,7 @@ class Cast(CrossAttentionNetwork):
         return self.head(self.cogn.readout(fused, batch))
 
     def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Predictions (B,) and each layer's attention weights (B, H, N, T), by the formula that fused kernels hide.
+        """Predictions (B,) and each layer's attention weights (B, H, N, T).
 
         Rows of real nodes sum to 1 over the crystal's tokens and are 0 at padding; padded rows mean nothing.
         """

@@ -1,8 +1,8 @@
 """Facts about the 118 elements as node features of coGN.
 
-The reference's table comes from PubChem; this one from pymatgen's periodic table: mass, van der Waals radius (which
-PubChem lists too), Pauling electronegativity, first ionisation energy, common oxidation states; the reference's
-values stand for the gaps.
+The reference's table comes from PubChem; this one from pymatgen's periodic table: mass, van der Waals radius
+(which PubChem lists too), Pauling electronegativity, first ionisation energy, common oxidation states. The
+reference's values stand for the gaps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _numbers(element: Element) -> tuple[float, float, float, float]:
 
 
 def element_facts() -> np.ndarray:
-    """Features (118, 18) float32, row Z - 1: four numbers, standardised over the elements, and 14 oxidation bits.
+    """Features (118, 18) float32, row Z - 1: four numbers, standardised over the elements, 14 oxidation bits.
 
     The bit of oxidation state x is (x + 7) mod 14, as in the reference.
     """

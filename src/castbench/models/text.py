@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network
-from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
+from castbench.models.batch import ABSENT, Batch, by_length, pad, rows_of, unpad
 from castbench.models.heads import Regression
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class TextEncoder(nn.Module):
         )
         self.mode = "frozen" if lora is None else "lora"
         self.needs = {"token_states"} if self.start_layer else {"token_ids"}
-        self.encoder = None if lora is None else load_with_lora(encoder, lora, self.start_layer)
+        self.encoder = ABSENT if lora is None else load_with_lora(encoder, lora, self.start_layer)
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Training mode for LoRA's dropout alone."""
@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
         return self.encoder.run(hidden_BTd, mask_BT, self.start_layer, stop), mask_BT
 
 
-def first_token(layer: nn.Module, hidden_BTd: Tensor, mask_BT: Tensor) -> Tensor:
+def first_token(layer: Any, hidden_BTd: Tensor, mask_BT: Tensor) -> Tensor:
     """Output (B, d) of a BERT layer at the first token: one query, keys and values of all tokens."""
     attention, first_B1d = layer.attention.self, hidden_BTd[:, :1]
 
@@ -133,7 +133,8 @@ def load_with_lora(folder: Path, lora: dict[str, Any], start_layer: int) -> Laye
         layers_to_transform=list(range(start_layer, encoder.n_layers)),
         layers_pattern="layers",
     )
-    return inject_adapter_in_model(config, encoder)
+    inject_adapter_in_model(config, encoder)  # in place
+    return encoder
 
 
 class TextOnly(Network):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from castbench.errors import InputError
 from castbench.models import build_model, build_pretraining
 from castbench.models.batch import pad, unpad
 from castbench.models.cross_attention import Fusion
@@ -81,6 +82,12 @@ def test_text_key_chooses_frozen_or_lora(architecture, encoder):
     assert build_model("cast", architecture, encoder).text_mode == "frozen"
     architecture["cross_attention"]["text"] = "lora"
     assert build_model("cast", architecture, encoder).text_mode == "lora"
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(architecture, encoder):
+    architecture["cross_attention"]["heads"] = 3
+    with pytest.raises(InputError, match="3 heads do not divide width 16"):
+        build_model("cast", architecture, encoder)
 
 
 @pytest.fixture
