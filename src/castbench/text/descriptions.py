@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,15 @@ def _robocrystallographer() -> tuple[Any, Any]:
 
     What robocrystallographer would load again for every crystal is kept; the texts stay the same.
     """
+    from monty.serialization import loadfn
+
+    def skip_aflow(path: str) -> Any:
+        # pymatgen's own prototypes, 5 of 12 s of import: robocrystallographer never looks into them
+        return {} if "/prototypes/" in path else loadfn(path)
+
+    with patch("monty.serialization.loadfn", skip_aflow):
+        import pymatgen.analysis.prototypes  # noqa: F401
+
     from robocrys import StructureCondenser, StructureDescriber
     from robocrys.condense import condenser
 
@@ -98,7 +108,7 @@ def _serve(connection: Any, prepare: Callable[[], Any], function: Callable[[Any]
         try:
             answer: tuple[str | None, str] = (function(item), "ok")
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")
             answer = (None, f"failed: {reason[:200]}")
         connection.send(answer)
 
