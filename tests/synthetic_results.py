@@ -1,4 +1,4 @@
-"""A results folder in the pipeline's own formats, with invented numbers: input of the evaluation and report tests."""
+"""A results folder in the pipeline's formats, with invented numbers, for tests of evaluation and report."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def write_dataset(folder: Path, targets: list[str]) -> None:
     write_json(folder / "graphs" / "manifest.json", {"settings": {"neighbours": 24}})
     write_json(
         folder / "tokens" / "manifest.json",
-        {"encoder": "minilm", "revision": "abc", "max_tokens": 512, "text_rate": 1 - 1 / N},
+        {"encoder": {"id": "minilm-id", "revision": "abc"}, "max_tokens": 512, "text_rate": 1 - 1 / N},
     )
 
 

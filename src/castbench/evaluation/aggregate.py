@@ -1,4 +1,4 @@
-"""Run records to tables. A missing, failed or skipped run is a gap that is counted; it never enters a mean."""
+"""Run records to tables. A missing, failed or skipped run is a gap: it is counted and enters no mean."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from castbench.report import tables
 log = logging.getLogger(__name__)
 
 RESOURCES = Path(__file__).resolve().parents[3] / "workflow" / "resources"
-# What the paper argues from: (this, minus that). CrysMMNet's twin of CAST is the one that treats its text encoder alike.
+# What the paper argues from: (this, minus that); for CAST the CrysMMNet that treats its text alike.
 COMPARISONS = (
     ("cast", "cast_scratch"),
     ("cast_scratch", "crysmmnet_frozen"),
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_records(results: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """`metrics.json` with `cost` of every configured run, in order of target, model, seed; status "missing" if absent."""
+    """Record, with `cost`, of every configured run by target, model, seed; "missing" where there is none."""
     records = []
     for target in ordered_targets(settings):
         for model in ordered_models(settings):
@@ -115,9 +115,9 @@ def is_paper_setting(settings: dict[str, Any]) -> bool:
 def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) -> pd.DataFrame:
     """Table 1, one row a (model, target), last the baseline "training_mean".
 
-    Columns: mean, std (sample, ddof = 1) over the finished seeds, in `unit`; finished, expected (numbers of runs);
-    rank (1 = lowest mean, among cells with every seed finished); n_train, n_validation, n_test; paper_mean, paper_std;
-    comparable; difference = mean - paper_mean, only where comparable.
+    Columns: mean, std (sample, ddof = 1) over the finished seeds, in `unit`; finished, expected (numbers of
+    runs); rank (1 = lowest mean, among cells with every seed finished); n_train, n_validation, n_test;
+    paper_mean, paper_std; comparable; difference = mean - paper_mean, only where comparable.
     """
     paper = pd.read_csv(RESOURCES / "paper" / "table1.csv").set_index(["model", "target"])
     rows = []
@@ -152,7 +152,7 @@ def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) ->
 
 
 def with_paper_statistics(statistics: pd.DataFrame) -> pd.DataFrame:
-    """Our Table 2 with the paper's columns beside it; its "val/test" stands beside both our validation and test."""
+    """Our Table 2 and the paper's columns; its "val/test" stands beside our validation and our test."""
     paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").drop(columns="source")
     paper = paper.assign(split=paper["split"].replace({"val/test": "validation"}))
     paper = pd.concat([paper, paper[paper["split"] == "validation"].assign(split="test")])
@@ -175,7 +175,7 @@ def read_pretraining(results: Path) -> pd.DataFrame:
 
 
 def read_errors(results: Path, target: str, model: str, seeds: list[int]) -> pd.Series:
-    """Absolute test error of each crystal, mean over the finished seeds, in the target's unit. Index material_id."""
+    """Absolute test error of each crystal by id, mean over the finished seeds, in the target's unit."""
     folder = results / "runs" / target / model
     frames = []
     for seed in seeds:
@@ -188,19 +188,19 @@ def read_errors(results: Path, target: str, model: str, seeds: list[int]) -> pd.
 
 
 def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals over crystals."""
+    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals."""
     text = runs.dropna(subset="text").groupby("model")["text"].first()
     rows = []
     for target in ordered_targets(settings):
+        errors = {m: read_errors(results, target, m, settings["seeds"]) for m in settings["models"]}
         for model, other in COMPARISONS:
             alike = other != f"crysmmnet_{'frozen' if text.get(model) == 'lora' else 'lora'}"
-            if not {model, other} <= set(settings["models"]) or (model == "cast_scratch" and not alike):
+            first, second = errors.get(model), errors.get(other)
+            if first is None or second is None or first.empty or second.empty:
                 continue
-            errors = [read_errors(results, target, name, settings["seeds"]) for name in (model, other)]
-            if any(part.empty for part in errors):
+            if model == "cast_scratch" and not alike:
                 continue
-            first, second = (part.sort_index().to_numpy() for part in errors)
-            mean, low, high = paired_difference(first, second)
+            mean, low, high = paired_difference(first.to_numpy(), second.loc[first.index].to_numpy())
             row = {"target": target, "unit": TARGETS[target].unit, "model": model, "minus": other}
             rows.append(row | {"difference": mean, "low": low, "high": high, "n": len(first)})
     columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n"]

@@ -44,9 +44,13 @@ def extract_attention(
 ) -> None:
     """Write `maps.json` (maps of one crystal) and `similarity.parquet` (all test crystals) into `output`.
 
-    `settings` = {target, material}: material is an id, or None for the test crystal with the most nodes. A model whose
-    run did not finish is left out. `similarity.parquet` counts node pairs by model, layer (from 1), head (from 1; -1 for
-    the mean over heads) and bin [low, low + 1/200) of the cosine similarity of their attention rows.
+    `settings` = {target, material}: material is an id, or None for the test crystal with the most nodes (then
+    the most elements). A model whose run did not finish is left out. `similarity.parquet` counts node pairs
+    by model, layer (from 1), head (from 1; -1 is the mean over heads) and bin [low, low + 1/200) of the
+    cosine similarity of their attention rows.
+
+    Raises:
+        InputError: the material is unknown or has no graph.
     """
     target, record = settings["target"], json.loads(split.read_text())
     folders = {name: runs / target / name / str(seed) for name in MODELS}
@@ -57,10 +61,10 @@ def extract_attention(
     counts = []
     for name, folder in finished.items():
         model = _load(name, folder, encoder)
-        crystals = Crystals(model.needs, graphs, tokens, states, torch.device("cpu"))
+        crystals = Crystals(model, graphs, tokens, states, torch.device("cpu"))
         test, _ = crystals.rows(record["test"])
         if "material_id" not in maps:
-            maps |= _describe(crystals, settings["material"], test, record, materials, tokens, encoder)
+            maps |= _describe(crystals, settings["material"], record, materials, tokens, encoder)
         chosen, _ = crystals.rows([maps["material_id"]])
         weights = attention(model, crystals.batch(chosen))[0]
         maps["models"][name] = np.round(weights, 5).tolist()
@@ -89,7 +93,7 @@ def _load(name: str, run: Path, encoder: Path) -> torch.nn.Module:
 
 @torch.inference_mode()
 def attention(model: torch.nn.Module, batch: Batch) -> list[np.ndarray]:
-    """Attention weights of each crystal of a batch: (layers, heads, nodes, tokens), every row summing to 1."""
+    """Attention weights (layers, heads, nodes, tokens) of each crystal of a batch; every row sums to 1."""
     _, layers = model.attention_maps(batch)
     weights = torch.stack(layers, dim=1)  # (B, layers, heads, N, T), padded
     nodes, tokens = batch.node_offsets.diff().tolist(), batch.token_offsets.diff().tolist()
@@ -97,7 +101,7 @@ def attention(model: torch.nn.Module, batch: Batch) -> list[np.ndarray]:
 
 
 def cosine_similarities(weights: np.ndarray) -> np.ndarray:
-    """Cosine similarity (layers, heads, pairs) of all pairs of rows of attention (layers, heads, nodes, tokens)."""
+    """Cosine similarity (layers, heads, pairs) of pairs of rows of weights (layers, heads, nodes, tokens)."""
     rows = weights / np.linalg.norm(weights, axis=-1, keepdims=True)
     first, second = np.triu_indices(weights.shape[2], k=1)
     return np.einsum("lhpt,lhpt->lhp", rows[:, :, first], rows[:, :, second]).clip(0, 1)
@@ -149,26 +153,32 @@ def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
     )
 
 
+def _most_nodes(crystals: Crystals, test: Tensor) -> str:
+    """Id of the test crystal with the most nodes, then the most elements, then the first."""
+    sizes = crystals.nodes.offsets.diff()[test]
+    largest = test[sizes == sizes.max()]
+    elements = [len(crystals.batch(row).atomic_numbers.unique()) for row in largest.split(1)]
+    return crystals.ids(largest)[elements.index(max(elements))]
+
+
 def _describe(
-    crystals: Crystals, material: str | None, test: Tensor, record: dict[str, Any], materials: Path, tokens: Path,
+    crystals: Crystals,
+    material: str | None,
+    record: dict[str, Any],
+    materials: Path,
+    tokens: Path,
     encoder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """The crystal whose maps are shown: its id, formula and split, names of its nodes, its tokens and words."""
-    if material is None:
-        batches = (crystals.batch(row) for row in test.split(1))
-        sizes = [(len(batch.atomic_numbers), len(batch.atomic_numbers.unique())) for batch in batches]
-        material = crystals.ids(test[[sizes.index(max(sizes))]])[0]
-    elif material not in crystals.material_ids:
+) -> dict[str, Any]:
+    """The crystal of the maps: id, formula, split, names of its nodes, its tokens and their words."""
+    material = material or _most_nodes(crystals, crystals.rows(record["test"])[0])
+    if material not in crystals.material_ids:
         raise InputError(
-            f"attention.material: {material} is not in this data set; choose an id of materials.parquet"
+            f"attention.material: {material} is not in this data set; take an id of materials.parquet"
         )
     rows, without_graph = crystals.rows([material])
     if without_graph:
         raise InputError(f"attention.material: {material} has no graph; choose another crystal")
-    row = int(rows[0])
-    packed = PackedTokens.open(tokens)
-    token_ids = packed.token_ids[packed.token_offsets[row] : packed.token_offsets[row + 1]]
-    pieces = load_tokenizer(encoder).convert_ids_to_tokens(token_ids.tolist())
+    pieces = load_tokenizer(encoder).convert_ids_to_tokens(PackedTokens.open(tokens)[int(rows[0])].tolist())
     words, word_of_piece = join_pieces(pieces)
     formulas = pq.read_table(materials, columns=["formula"], filters=[("material_id", "=", material)])
     splits = [part for part in ("train", "validation", "test") if material in record[part]]

@@ -68,24 +68,37 @@ STYLE = {
 
 @contextmanager
 def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
-    """Style for a figure, which the block appends to the list; then writes it to `path` with .svg and .png."""
+    """Style for the figure that the block puts into the list; then write `path`.svg and `path`.png."""
     with plt.rc_context(STYLE):
         made: list[Figure] = []
         yield made
         (figure,) = made
         if settings["source"] == "demo":
             figure.text(
-                0.5, 0.5, "demo", fontsize=64, color=MUTED, alpha=0.10, ha="center", va="center", rotation=25,
-                weight="bold", zorder=0,
-            )  # fmt: skip
+                0.5,
+                0.5,
+                "demo",
+                fontsize=64,
+                color=MUTED,
+                alpha=0.10,
+                ha="center",
+                va="center",
+                rotation=25,
+                weight="bold",
+                zorder=0,
+            )
         figure.draw_without_rendering()  # lay the panels out once, not for each file
         figure.set_layout_engine("none")
         for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
             with atomic_path(path.with_suffix(suffix)) as partial:
                 figure.savefig(
-                    partial, format=suffix[1:], metadata=metadata, bbox_inches="tight", pad_inches=0.08,
+                    partial,
+                    format=suffix[1:],
+                    metadata=metadata,
+                    bbox_inches="tight",
+                    pad_inches=0.08,
                     transparent=suffix == ".svg",
-                )  # fmt: skip
+                )
         plt.close(figure)
         log.info("drew %s", path.name)
 
@@ -125,7 +138,7 @@ def model_legend(figure: Figure, models: list[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(models), 7), handletextpad=0.1)
 
 
-# --- the data ---------------------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------------------
 
 
 def plot_dataset(settings: dict[str, Any], results: Path, output: Path) -> None:
@@ -136,7 +149,7 @@ def plot_dataset(settings: dict[str, Any], results: Path, output: Path) -> None:
 
 
 def funnel_steps(funnel: dict[str, Any], target: str) -> list[tuple[str, int, int]]:
-    """(step, removed, left) of a target's funnel, from the collected crystals on; steps that removed none included."""
+    """(step, removed, left) of a target's funnel, from the collected crystals on."""
     steps = [("collected", 0, funnel["n_collected"])]
     record = funnel["targets"].get(target, {"steps": []})
     return steps + [(s["filter"].replace("_", " "), s["removed"], s["left"]) for s in record["steps"]]
@@ -215,9 +228,14 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         axis.axvline(limit, color=INK, linewidth=1)
         cut = (lengths > limit).mean()
         axis.annotate(
-            f"limit {limit} tokens\n{cut:.1%} of {len(lengths):,} texts are cut", (limit, 1), xytext=(5, -2),
-            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", size=7.5,
-        )  # fmt: skip
+            f"limit {limit} tokens\n{cut:.1%} of {len(lengths):,} texts are cut",
+            (limit, 1),
+            xytext=(5, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            size=7.5,
+        )
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axis.set_ylim(top=1.25 * axis.get_ylim()[1])
@@ -225,7 +243,7 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         axis.grid(axis="y")
 
 
-# --- the runs ---------------------------------------------------------------------------------------------------
+# --- the runs -------------------------------------------------------------------------------------
 
 
 def plot_results(settings: dict[str, Any], results: Path, output: Path) -> None:
@@ -269,16 +287,30 @@ def _seeds(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Pa
                 missing = len(settings["seeds"]) - len(scores)
                 if missing:
                     axis.text(
-                        0.99, place, f"{missing} of {len(settings['seeds'])} runs missing", color=MUTED, ha="right",
-                        va="center", transform=axis.get_yaxis_transform(), size=7,
-                    )  # fmt: skip
+                        0.99,
+                        place,
+                        f"{missing} of {len(settings['seeds'])} runs missing",
+                        color=MUTED,
+                        ha="right",
+                        va="center",
+                        transform=axis.get_yaxis_transform(),
+                        size=7,
+                    )
             baseline = mean_baseline(results, target)
             if not math.isnan(baseline):
                 axis.axvline(baseline, color=MUTED, linestyle="--", linewidth=0.9)
                 axis.annotate(
-                    "training mean", (baseline, 1), xycoords=("data", "axes fraction"), xytext=(-3, -2),
-                    textcoords="offset points", rotation=90, ha="right", va="top", size=6.5, color=MUTED,
-                )  # fmt: skip
+                    "training mean",
+                    (baseline, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(-3, -2),
+                    textcoords="offset points",
+                    rotation=90,
+                    ha="right",
+                    va="top",
+                    size=6.5,
+                    color=MUTED,
+                )
             axis.set_xlim(left=0)
 
 
@@ -287,9 +319,14 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
     finished = runs[runs["status"] == "finished"].set_index(["target", "model", "seed"])
     with drawing(settings, path) as made:
         figure, grid = plt.subplots(
-            len(targets), len(models), figsize=(1.55 * len(models), 1.45 * len(targets)), squeeze=False,
-            sharex="col", sharey="row", layout="constrained",
-        )  # fmt: skip
+            len(targets),
+            len(models),
+            figsize=(1.55 * len(models), 1.45 * len(targets)),
+            squeeze=False,
+            sharex="col",
+            sharey="row",
+            layout="constrained",
+        )
         made.append(figure)
         for (line, target), (column, model) in _product(targets, models):
             axis = grid[line, column]
@@ -339,9 +376,14 @@ def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: P
     finished = set(runs[runs["status"] == "finished"].set_index(["target", "model", "seed"]).index)
     with drawing(settings, path) as made:
         figure, grid = plt.subplots(
-            len(targets), len(models), figsize=(1.5 * len(models), 1.55 * len(targets)), squeeze=False,
-            sharex="row", sharey="row", layout="constrained",
-        )  # fmt: skip
+            len(targets),
+            len(models),
+            figsize=(1.5 * len(models), 1.55 * len(targets)),
+            squeeze=False,
+            sharex="row",
+            sharey="row",
+            layout="constrained",
+        )
         made.append(figure)
         for (line, target), (column, model) in _product(targets, models):
             axis = grid[line, column]
@@ -353,9 +395,15 @@ def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: P
             if frames:
                 points = pd.concat(frames).query("split == 'test'")
                 axis.plot(
-                    points["y_true"], points["y_pred"], "o", color=MODELS[model].colour, alpha=0.45, markersize=2.4,
-                    markeredgewidth=0, rasterized=len(points) > 2000,
-                )  # fmt: skip
+                    points["y_true"],
+                    points["y_pred"],
+                    "o",
+                    color=MODELS[model].colour,
+                    alpha=0.45,
+                    markersize=2.4,
+                    markeredgewidth=0,
+                    rasterized=len(points) > 2000,
+                )
             else:
                 axis.text(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", va="center", color=MUTED)
             axis.axline((0, 0), slope=1, color=MUTED, linewidth=0.7, zorder=0)
@@ -402,9 +450,14 @@ def _by_group(
                 mean, spread = by_group.mean().reindex(counts.index), by_group.sem().reindex(counts.index)
                 places = np.arange(len(counts)) + (place - (len(models) - 1) / 2) * 0.1
                 axis.errorbar(
-                    places, mean, yerr=spread.fillna(0), fmt="o", markersize=3.6, color=MODELS[model].colour,
+                    places,
+                    mean,
+                    yerr=spread.fillna(0),
+                    fmt="o",
+                    markersize=3.6,
+                    color=MODELS[model].colour,
                     elinewidth=0.9,
-                )  # fmt: skip
+                )
             axis.set_xticks(range(len(counts)), [f"{name}\nn = {n:,}" for name, n in counts.items()], size=7)
             axis.set_xlim(-0.6, len(counts) - 0.4)
             axis.set_ylim(bottom=0)
@@ -454,10 +507,10 @@ def _cost(settings: dict[str, Any], runs: pd.DataFrame, path: Path) -> None:
         axes[0].set_title("trainable (grey: total)", fontsize=7.5, fontweight="normal")
 
 
-# --- attention --------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 MAX_WORDS = 110
-ROLES = (("cast_scratch", "without pretraining"), ("cast", "with pretraining"))
+ROLES = (("cast_scratch", "CAST without pretraining"), ("cast", "CAST with pretraining"))
 
 
 def plot_attention(settings: dict[str, Any], results: Path, output: Path) -> None:
@@ -506,9 +559,13 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
     with drawing(settings, path) as made:
         height = 0.34 + 0.13 * max(nodes, 2)
         figure, grid = plt.subplots(
-            layers * len(present), 1, figsize=(max(5.0, 0.125 * len(words) + 1.6), layers * len(present) * height + 1),
-            squeeze=False, sharex=True, layout="constrained",
-        )  # fmt: skip
+            layers * len(present),
+            1,
+            figsize=(max(5.0, 0.125 * len(words) + 1.6), layers * len(present) * height + 1),
+            squeeze=False,
+            sharex=True,
+            layout="constrained",
+        )
         made.append(figure)
         for (line, (model, role)), layer in ((p, k) for p in enumerate(present) for k in range(layers)):
             axis = grid[line * layers + layer, 0]
@@ -518,7 +575,7 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
             axis.spines[:].set_visible(False)
             axis.text(1.004, 0.5, f"layer {layer + 1}", transform=axis.transAxes, va="center", size=7)
             if layer == 0:
-                axis.set_title(f"{model_label(model)}: {role}", color=MODELS[model].colour)
+                axis.set_title(role, color=MODELS[model].colour)
         grid[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
         shown = f" (first {MAX_WORDS} of {len(maps['words'])})" if len(maps["words"]) > MAX_WORDS else ""
         grid[-1, 0].set_xlabel(
@@ -537,9 +594,14 @@ def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
     limit = _shared_limit(list(weights.values()))
     with drawing(settings, path) as made:
         figure, grid = plt.subplots(
-            heads, len(present), figsize=(5.2 * len(present), heads * (0.16 + 0.11 * max(nodes, 2)) + 1), squeeze=False,
-            sharex=True, sharey=True, layout="constrained",
-        )  # fmt: skip
+            heads,
+            len(present),
+            figsize=(5.2 * len(present), heads * (0.16 + 0.11 * max(nodes, 2)) + 1),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
         made.append(figure)
         for (column, (model, role)), head in ((p, k) for p in enumerate(present) for k in range(heads)):
             axis = grid[head, column]
@@ -548,7 +610,7 @@ def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
             axis.tick_params(axis="y", length=0)
             axis.spines[:].set_visible(False)
             if head == 0:
-                axis.set_title(f"{model_label(model)}: {role}", color=MODELS[model].colour)
+                axis.set_title(role, color=MODELS[model].colour)
             if column == len(present) - 1:
                 axis.text(1.01, 0.5, f"head {head + 1}", transform=axis.transAxes, va="center", size=7)
             if head == heads - 1:
@@ -565,9 +627,14 @@ def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) 
     edges = np.linspace(0, 1, 51)
     with drawing(settings, path) as made:
         figure, grid = plt.subplots(
-            2, len(layers), figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2), squeeze=False, sharex=True, sharey="row",
+            2,
+            len(layers),
+            figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
             layout="constrained",
-        )  # fmt: skip
+        )
         made.append(figure)
         for (line, name), (column, layer) in _product(list(heads), layers):
             axis = grid[line, column]

@@ -45,9 +45,12 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
     `settings` is the whole configuration, which the report shows.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("castbench.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("castbench.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     environment.filters |= {"number": number, "significant": significant}
     environment.globals |= {
         "figure": lambda name: embed(results / "figures" / name),
@@ -79,7 +82,7 @@ def caption(name: str) -> str:
 
 
 def embed(path: Path) -> str:
-    """Data URI of the figure `path`.svg, which follows the reader's light or dark mode; of the PNG if that is smaller by far."""
+    """Data URI of `path`.svg, made to follow light or dark mode; of the PNG where the SVG is large."""
     svg = path.with_suffix(".svg")
     if svg.stat().st_size > MAX_SVG:
         return data_uri(path.with_suffix(".png").read_bytes(), "image/png")
@@ -152,9 +155,10 @@ def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
     if settings["source"] == "demo":
         return {
             "badge": "demo",
-            "text": "A demo run on the small prototype crystals that come with the project, labelled by its own density-"
-            "functional theory. It shows that the pipeline works; its numbers are neither the paper's nor evidence for or "
-            "against a model. Energies above hull come from a hull that knows only the phases in this set.",
+            "text": "A demo run on the small prototype crystals that come with the project, labelled by its "
+            "own density-functional theory. It shows that the pipeline works; its numbers are neither "
+            "the paper's nor evidence for or against a model. Energies above hull come from a hull "
+            "that knows only the phases in this set.",
         }
     if is_paper_setting(settings):
         return {
@@ -197,7 +201,7 @@ def table1_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict[str, Any] | None]]]:
-    """(models compared, a cell or None for each target); a cell whose interval excludes zero is "near" (better) or "far"."""
+    """(models compared, a cell or None for each target); "near" (better) or "far" if zero is excluded."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in pd.read_csv(file).to_dict("records"):
         clear = row["low"] > 0 or row["high"] < 0
@@ -220,7 +224,7 @@ def pretraining_rows(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def attention_summary(results: Path) -> dict[str, Any]:
-    """What the attention figures show, in numbers, and whether pretraining has the effect that the paper reports."""
+    """What the attention figures show in numbers: is the paper's effect of pretraining seen?"""
     maps = read_json(results / "attention" / "maps.json")
     similarity = maps.get("similarity", {})
     summary: dict[str, Any] = {"maps": bool(maps.get("models")), "similarity": similarity, "verdict": ""}
@@ -230,14 +234,14 @@ def attention_summary(results: Path) -> dict[str, Any]:
         lower = sum(b < a for a, b in zip(without, with_, strict=True))
         seen = "seen" if lower == len(without) else "seen in part" if lower else "not seen"
         summary["verdict"] = (
-            f"With pretraining the nodes of a crystal read more varied words in {lower} of {len(without)} layers "
-            f"(mean similarity in the last layer {without[-1]:.3f} without, {with_[-1]:.3f} with): "
+            f"With pretraining the nodes of a crystal read more varied words in {lower} of {len(without)} "
+            f"layers (mean similarity in the last layer {without[-1]:.3f} without, {with_[-1]:.3f} with): "
             f"the effect that the paper reports is {seen} here."
         )
     return summary
 
 
 def distinct(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The different values that records have for a key, in order of appearance."""
+    """The different values of a key, in order of appearance."""
     values = {json.dumps(record[key], sort_keys=True): record[key] for record in records if record.get(key)}
     return list(values.values())

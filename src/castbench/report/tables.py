@@ -10,8 +10,8 @@ from castbench.labels import MODELS, TARGETS
 
 BASELINE = "training_mean"
 NOTE = (
-    "Test MAE, mean (sample standard deviation, ddof = 1) over {seeds} seeds. Best in bold, second underlined; "
-    "a cell with missing runs says how many finished and takes no part in the ranking. "
+    "Test MAE, mean (sample standard deviation, ddof = 1) over {seeds} seeds. Best in bold, second "
+    "underlined; a cell with missing runs says how many finished and takes no part in the ranking. "
 )
 COMPARED = "Below: the paper's value and our difference to it."
 REFERENCE = (
@@ -81,7 +81,7 @@ def targets_of(cells: pd.DataFrame) -> list[str]:
 
 
 def table1_wide(cells: pd.DataFrame) -> pd.DataFrame:
-    """Table 1 for `table1.csv`: one row a model, and for each target its columns, with the unit in the header."""
+    """Table 1 for `table1.csv`: one row a model, columns for each target, with the unit in the header."""
     wide = []
     for model, group in rows(cells):
         row: dict[str, Any] = {"model": model, "label": model_label(model)}
@@ -165,4 +165,5 @@ def table1_latex(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
 
 def caption(settings: dict[str, Any]) -> str:
     """What was run on what, in one sentence."""
-    return f"Dataset {settings['dataset']} (source {settings['source']}), text encoder {settings['text_encoder']}."
+    dataset, source, encoder = (settings[key] for key in ("dataset", "source", "text_encoder"))
+    return f"Dataset {dataset} (source {source}), text encoder {encoder}."

@@ -4,15 +4,20 @@ import shutil
 
 import pandas as pd
 import pytest
-from synthetic_results import SETTINGS, write_results
 
 from castbench.evaluation.aggregate import aggregate_runs, is_paper_setting
 from castbench.provenance import write_json
+from synthetic_results import SETTINGS, write_results
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_results(tmp_path_factory.mktemp("aggregate"))
 
 
 @pytest.fixture
-def results(tmp_path):
-    return write_results(tmp_path / "results")
+def results(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "results")
 
 
 def aggregate(results, settings=SETTINGS):

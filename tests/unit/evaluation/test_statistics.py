@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from synthetic_results import SETTINGS, write_results
 
 from castbench.evaluation.statistics import (
     crystal_systems,
@@ -11,6 +10,7 @@ from castbench.evaluation.statistics import (
     read_values,
 )
 from castbench.provenance import write_json
+from synthetic_results import SETTINGS, write_results
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import synthetic_results
 
+import synthetic_results
 from castbench.evaluation.aggregate import aggregate_runs
 from castbench.report.figures import plot_attention, plot_dataset, plot_results
 

@@ -19,7 +19,8 @@ from castbench.report.figures import (
 
 NAMES = {
     "dataset_funnel", "target_histograms", "token_lengths", "results_by_seed", "learning_curves", "parity",
-    "error_by_crystal_system", "error_by_sites", "cost", "attention_maps", "attention_heads", "attention_similarity",
+    "error_by_crystal_system", "error_by_sites", "cost",
+    "attention_maps", "attention_heads", "attention_similarity",
 }  # fmt: skip
 
 
