@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import spglib
 
+from castbench.graphs.symmetry import NoSymmetryError, symmetric_cell
+
 
 @dataclass(frozen=True)
 class AsymmetricUnit:
@@ -14,11 +16,11 @@ class AsymmetricUnit:
 
     Attributes:
         lattice: (3, 3) row vectors, angstrom.
-        positions: (n, 3) fractional coordinates.
+        positions: (n, 3) fractional coordinates in [0, 1).
         orbits: (n,) orbit of each atom, 0..m-1, in order of the orbit's first atom in the input.
         representatives: (m,) one atom of each orbit.
         atomic_numbers: (m,) element of each orbit.
-        multiplicities: (m,) atoms of each orbit in the cell.
+        multiplicities: (m,) atoms of each orbit in the conventional cell.
         spacegroup: international number, 1 where no symmetry was found.
     """
 
@@ -34,10 +36,10 @@ class AsymmetricUnit:
 def asymmetric_unit(
     lattice: np.ndarray, positions: np.ndarray, atomic_numbers: np.ndarray, symprec: float
 ) -> AsymmetricUnit:
-    """Orbits of the idealised conventional cell; where spglib fails, each atom of the input cell is an orbit.
+    """Orbits of the crystal made exactly symmetric; where that fails, each atom of the cell is an orbit.
 
-    The idealised cell makes symmetry-equal distances equal to rounding error, so that shells of neighbours
-    are told apart exactly, and does not depend on which cell of the crystal was given.
+    Symmetry-equal distances then are equal to rounding error, so that shells of neighbours are told apart,
+    and do not depend on which cell of the crystal was given.
 
     The reference lets angles deviate by 5 degrees whatever `symprec` says. Then a rhombohedral cell of 88
     degrees becomes cubic and loses its geometry, so here angles are held to `symprec` as lengths are.
@@ -48,27 +50,43 @@ def asymmetric_unit(
         atomic_numbers: (n,) elements.
         symprec: distance tolerance of the symmetry search, angstrom.
     """
+    with suppress(NoSymmetryError):
+        cell = symmetric_cell(lattice, positions, atomic_numbers, symprec)
+        first_atoms = cell.atoms[cell.orbits]
+        kept = cell.lattice, cell.positions, atomic_numbers[cell.atoms]
+        return _unit(*kept, first_atoms, cell.centring, cell.spacegroup)
+    # At the edge of the tolerance, spglib tries smaller ones.
     dataset = None
     with suppress(spglib.SpglibError):  # spglib before 2.9 returns None instead
-        cell: Any = (lattice, positions, atomic_numbers)  # spglib's hints know lists only
-        dataset = spglib.get_symmetry_dataset(cell, symprec=symprec)
+        given: Any = (lattice, positions, atomic_numbers)  # spglib's hints know lists only
+        dataset = spglib.get_symmetry_dataset(given, symprec=symprec)
     if dataset is None:
-        n = len(atomic_numbers)
-        everyone, ones = np.arange(n), np.ones(n, dtype=int)
-        return AsymmetricUnit(lattice, positions % 1.0, everyone, everyone, atomic_numbers, ones, 1)
+        return _unit(lattice, positions, atomic_numbers, np.arange(len(atomic_numbers)), 1, 1)
     # spglib names orbits by atoms of the input cell; both cells map onto the same primitive cell.
-    orbit_of_primitive = np.empty(dataset.mapping_to_primitive.max() + 1, dtype=int)
-    orbit_of_primitive[dataset.mapping_to_primitive] = dataset.crystallographic_orbits
-    _, representatives, orbits, multiplicities = np.unique(
-        orbit_of_primitive[dataset.std_mapping_to_primitive],
-        return_index=True, return_inverse=True, return_counts=True,
-    )  # fmt: skip
+    orbits = np.empty(dataset.mapping_to_primitive.max() + 1, dtype=int)
+    orbits[dataset.mapping_to_primitive] = dataset.crystallographic_orbits
+    kept = dataset.std_lattice, dataset.std_positions, dataset.std_types
+    return _unit(*kept, orbits[dataset.std_mapping_to_primitive], 1, dataset.number)
+
+
+def _unit(
+    lattice: np.ndarray,
+    positions: np.ndarray,
+    atomic_numbers: np.ndarray,
+    labels: np.ndarray,
+    centring: int,
+    spacegroup: int,
+) -> AsymmetricUnit:
+    """Number the orbits in the order of their labels (n,)."""
+    _, representatives, orbits, counts = np.unique(
+        labels, return_index=True, return_inverse=True, return_counts=True
+    )
     return AsymmetricUnit(
-        lattice=dataset.std_lattice,
-        positions=dataset.std_positions % 1.0,
+        lattice=lattice,
+        positions=positions % 1.0 % 1.0,  # -1e-17 % 1 is 1
         orbits=orbits,
         representatives=representatives,
-        atomic_numbers=dataset.std_types[representatives],
-        multiplicities=multiplicities,
-        spacegroup=dataset.number,
+        atomic_numbers=atomic_numbers[representatives],
+        multiplicities=counts * centring,
+        spacegroup=spacegroup,
     )

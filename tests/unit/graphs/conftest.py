@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume
 from pymatgen.core import Lattice, Structure
 
 from castbench.graphs.neighbours import CrystalGraph, crystal_graph
@@ -64,6 +65,38 @@ def edges_of() -> Callable[[CrystalGraph], np.ndarray]:
         return rows[np.lexsort((rows[:, 4].round(4), *rows[:, :4].T))]
 
     return edges
+
+
+@pytest.fixture(scope="session")
+def random_crystal() -> Callable[[int, int], Structure]:
+    """Make a crystal of a space group from a seed: two or three elements, random or special positions."""
+    return crystal_of_spacegroup
+
+
+def crystal_of_spacegroup(spacegroup: int, seed: int) -> Structure:
+    rng = np.random.default_rng(seed)
+    a, b, c = rng.uniform(4, 9, 3)
+    if spacegroup >= 195:
+        lattice = Lattice.cubic(a)
+    elif spacegroup >= 143:
+        lattice = Lattice.hexagonal(a, c)
+    elif spacegroup >= 75:
+        lattice = Lattice.tetragonal(a, c)
+    elif spacegroup >= 16:
+        lattice = Lattice.orthorhombic(a, b, c)
+    elif spacegroup >= 3:
+        lattice = Lattice.monoclinic(a, b, c, rng.uniform(95, 115))
+    else:
+        lattice = Lattice.from_parameters(a, b, c, *rng.uniform(75, 105, 3))
+    special = np.array([0, 0.25, 0.5])
+    mixed = np.where(rng.random(3) < 0.5, rng.choice(special, 3), rng.random(3))
+    sites = np.array([rng.choice(special, 3), mixed])
+    if spacegroup < 195:
+        sites = np.vstack([sites, rng.random(3)])
+    species = rng.choice(["Na", "Cl", "Fe", "O", "U"], len(sites), replace=False).tolist()
+    crystal = Structure.from_spacegroup(spacegroup, lattice, species, sites)
+    assume(len(crystal) <= 60 and (crystal.distance_matrix + 9 * np.eye(len(crystal))).min() > 0.3)
+    return crystal
 
 
 @pytest.fixture
