@@ -119,26 +119,28 @@ def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) ->
     runs); rank (1 = lowest mean, among cells with every seed finished); n_train, n_validation, n_test;
     paper_mean, paper_std; comparable; difference = mean - paper_mean, only where comparable.
     """
-    paper = pd.read_csv(RESOURCES / "paper" / "table1.csv").set_index(["model", "target"])
+    paper = pd.read_csv(RESOURCES / "paper" / "table1.csv")
+    known = {(row["model"], row["target"]): row for row in tables.records(paper)}
     rows = []
-    for (model, target), group in runs.groupby(["model", "target"], sort=False):
-        done = group.loc[group["status"] == "finished", "mae"]
-        sizes = group[["n_train", "n_validation", "n_test"]].max()
-        known = paper.loc[(model, target)] if (model, target) in paper.index else {}
-        rows.append(
-            {
-                "model": model,
-                "target": target,
-                "unit": TARGETS[target].unit,
-                "mean": done.mean(),
-                "std": done.std(ddof=1),
-                "finished": len(done),
-                "expected": len(group),
-                **sizes,
-                "paper_mean": known.get("mae_mean", np.nan),
-                "paper_std": known.get("mae_std", np.nan),
-            }
-        )
+    for target in ordered_targets(settings):
+        for model in ordered_models(settings):
+            group = runs[(runs["model"] == model) & (runs["target"] == target)]
+            done = group.loc[group["status"] == "finished", "mae"]
+            published = known.get((model, target), {"mae_mean": np.nan, "mae_std": np.nan})
+            rows.append(
+                {
+                    "model": model,
+                    "target": target,
+                    "unit": TARGETS[target].unit,
+                    "mean": done.mean(),
+                    "std": done.std(ddof=1),
+                    "finished": len(done),
+                    "expected": len(group),
+                    **group[["n_train", "n_validation", "n_test"]].max(),
+                    "paper_mean": published["mae_mean"],
+                    "paper_std": published["mae_std"],
+                }
+            )
     cells = pd.DataFrame(rows)
     complete = cells["finished"] == cells["expected"]
     cells["rank"] = cells["mean"].where(complete).groupby(cells["target"]).rank(method="min")

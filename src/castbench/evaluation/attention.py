@@ -17,6 +17,7 @@ from torch import Tensor
 from castbench.errors import InputError
 from castbench.models import build_model
 from castbench.models.batch import Batch
+from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
 from castbench.text.encoders import load_tokenizer
 from castbench.text.tokens import PackedTokens
@@ -83,16 +84,17 @@ def _finished(run: Path) -> bool:
     return file.exists() and json.loads(file.read_text())["status"] == "finished"
 
 
-def _load(name: str, run: Path, encoder: Path) -> torch.nn.Module:
+def _load(name: str, run: Path, encoder: Path) -> Cast:
     """The trained model of a run, in evaluation mode."""
     config = json.loads((run / "config.json").read_text())
     model = build_model(name, config["architecture"], encoder)
+    assert isinstance(model, Cast)
     model.load_trained_state(load_file(run / "model.safetensors"))
     return model.eval()
 
 
 @torch.inference_mode()
-def attention(model: torch.nn.Module, batch: Batch) -> list[np.ndarray]:
+def attention(model: Cast, batch: Batch) -> list[np.ndarray]:
     """Attention weights (layers, heads, nodes, tokens) of each crystal of a batch; every row sums to 1."""
     _, layers = model.attention_maps(batch)
     weights = torch.stack(layers, dim=1)  # (B, layers, heads, N, T), padded
@@ -107,9 +109,7 @@ def cosine_similarities(weights: np.ndarray) -> np.ndarray:
     return np.einsum("lhpt,lhpt->lhp", rows[:, :, first], rows[:, :, second]).clip(0, 1)
 
 
-def similarity_histogram(
-    model: torch.nn.Module, crystals: Crystals, test: Tensor
-) -> tuple[np.ndarray, dict[str, Any]]:
+def similarity_histogram(model: Cast, crystals: Crystals, test: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     """Counts (layers, 1 + heads, BINS) of node pairs, the mean over heads first, and a summary.
 
     Streams over the test crystals; those with one node have no pair and are counted.
@@ -155,6 +155,7 @@ def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
 
 def _most_nodes(crystals: Crystals, test: Tensor) -> str:
     """Id of the test crystal with the most nodes, then the most elements, then the first."""
+    assert crystals.nodes is not None, "CAST reads the graph"
     sizes = crystals.nodes.offsets.diff()[test]
     largest = test[sizes == sizes.max()]
     elements = [len(crystals.batch(row).atomic_numbers.unique()) for row in largest.split(1)]
@@ -178,7 +179,8 @@ def _describe(
     rows, without_graph = crystals.rows([material])
     if without_graph:
         raise InputError(f"attention.material: {material} has no graph; choose another crystal")
-    pieces = load_tokenizer(encoder).convert_ids_to_tokens(PackedTokens.open(tokens)[int(rows[0])].tolist())
+    token_ids = PackedTokens.open(tokens)[int(rows[0])].tolist()
+    pieces = list(load_tokenizer(encoder).convert_ids_to_tokens(token_ids))
     words, word_of_piece = join_pieces(pieces)
     formulas = pq.read_table(materials, columns=["formula"], filters=[("material_id", "=", material)])
     splits = [part for part in ("train", "validation", "test") if material in record[part]]

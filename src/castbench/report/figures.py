@@ -28,7 +28,7 @@ from castbench.evaluation.statistics import (
 )
 from castbench.labels import MODELS, TARGETS
 from castbench.provenance import atomic_path
-from castbench.report.tables import model_label
+from castbench.report.tables import model_label, records
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ INK, MUTED, RULE = "#1b1f24", "#6e7781", "#d8dee4"  # the report swaps these thr
 SPLIT_COLOURS = {"train": "#9aa5b1", "validation": "#E69F00", "test": "#0072B2"}
 BINS = 200  # of `similarity.parquet`
 SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "svg.hashsalt": "castbench",
@@ -188,7 +188,8 @@ def _funnel(settings: dict[str, Any], results: Path, path: Path) -> None:
 
 def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
     targets = ordered_targets(settings)
-    paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").query("split == 'train'").set_index("target")
+    table = pd.read_csv(RESOURCES / "paper" / "table2.csv").query("split == 'train'")
+    paper = {row["target"]: row for row in records(table)}
     with drawing(settings, path) as made:
         figure, axes = panels(len(targets), 2, (4.6, 2.5))
         made.append(figure)
@@ -202,12 +203,12 @@ def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
                 continue
             bins = np.histogram_bin_edges(every, bins=30)
             colours = [SPLIT_COLOURS[part] for part in SPLITS]
-            axis.hist(parts, bins=bins, stacked=True, color=colours, label=[*SPLITS])
+            axis.hist(parts, bins=list(bins), stacked=True, color=colours, label=[*SPLITS])
             axis.grid(axis="y")
             axis.set_ylim(top=1.3 * axis.get_ylim()[1])
             ours = f"here {every.mean():.2f} ({every.std(ddof=1):.2f})" if len(every) > 1 else ""
-            if target in paper.index:
-                known = paper.loc[target]
+            if target in paper:
+                known = paper[target]
                 axis.axvline(known["y_mean"], color=INK, linestyle=":", linewidth=1)
                 ours += f"\npaper {known['y_mean']:.2f} ({known['y_std']:.2f})"
             axis.text(0.985, 0.97, ours, transform=axis.transAxes, ha="right", va="top", size=7.5, color=INK)
@@ -224,7 +225,7 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         figure, (axis,) = panels(1, 1, (7.0, 2.6))
         made.append(figure)
         bins = np.geomspace(max(lengths.min(), 1), max(lengths.max(), limit) * 1.1, 50)
-        axis.hist(lengths, bins=bins, color="#E69F00")
+        axis.hist(lengths, bins=list(bins), color="#E69F00")
         axis.axvline(limit, color=INK, linewidth=1)
         cut = (lengths > limit).mean()
         axis.annotate(
@@ -539,9 +540,8 @@ def _nothing(settings: dict[str, Any], reason: str, path: Path) -> None:
 def word_maps(maps: dict[str, Any], model: str) -> np.ndarray:
     """Attention (layers, heads, nodes, words) of a model: a word gets the sum over its pieces."""
     weights = np.array(maps["models"][model])
-    words = np.zeros((*weights.shape[:-1], len(maps["words"])))
-    np.add.at(words, (..., np.array(maps["word_of_piece"])), weights)
-    return words
+    belongs = np.equal.outer(maps["word_of_piece"], range(len(maps["words"])))
+    return weights @ belongs.astype(float)
 
 
 def _shared_limit(values: list[np.ndarray]) -> float:

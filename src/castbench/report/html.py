@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import pandas as pd
 import yaml
 
@@ -51,7 +52,7 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "significant": significant}
+    environment.filters |= {"number": number, "significant": significant, "code": code}
     environment.globals |= {
         "figure": lambda name: embed(results / "figures" / name),
         "caption": caption,
@@ -74,6 +75,15 @@ def significant(value: Any, digits: int = 3) -> str:
         return "–"
     decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 6)}f}"
+
+
+def code(text: str) -> markupsafe.Markup:
+    """Text in which `backticks` mark code."""
+    parts = text.split("`")
+    return markupsafe.Markup("").join(
+        markupsafe.Markup("<code>{}</code>").format(part) if place % 2 else part
+        for place, part in enumerate(parts)
+    )
 
 
 def caption(name: str) -> str:
@@ -123,7 +133,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "table1": table1_rows(cells),
         "table1_note": tables.note(cells),
         "comparisons": comparison_rows(folder / "comparisons.csv", targets),
-        "table2": pd.read_csv(folder / "table2.csv").to_dict("records"),
+        "table2": tables.records(pd.read_csv(folder / "table2.csv")),
         "funnel": {target: funnel_steps(funnel, target) for target in targets},
         "collected": funnel["n_collected"],
         "rejected": sorted(funnel["rejected_by_reason"].items()),
@@ -131,7 +141,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "graphs": read_json(results / "graphs" / "manifest.json"),
         "tokens": read_json(results / "tokens" / "manifest.json"),
         "descriptions": read_json(results / "descriptions.json"),
-        "runs": runs.to_dict("records"),
+        "runs": tables.records(runs),
         "statuses": sorted(Counter(runs["status"]).items()),
         "seconds": runs["seconds"].sum(),
         "pretraining": pretraining_rows(folder / "pretraining.csv"),
@@ -203,7 +213,7 @@ def table1_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
 def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict[str, Any] | None]]]:
     """(models compared, a cell or None for each target); "near" (better) or "far" if zero is excluded."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in pd.read_csv(file).to_dict("records"):
+    for row in tables.records(pd.read_csv(file)):
         clear = row["low"] > 0 or row["high"] < 0
         verdict = ("near" if row["difference"] < 0 else "far") if clear else ""
         found.setdefault((row["model"], row["minus"]), {})[row["target"]] = row | {"verdict": verdict}
@@ -220,7 +230,7 @@ def pretraining_rows(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns that hold anything, and the rows, of `pretraining.csv`."""
     frame = pd.read_csv(file).dropna(axis="columns", how="all")
     frame["objective"] = frame["objective"].map(lambda name: OBJECTIVES.get(name, name))
-    return list(frame.columns), frame.to_dict("records")
+    return list(frame.columns), tables.records(frame)
 
 
 def attention_summary(results: Path) -> dict[str, Any]:

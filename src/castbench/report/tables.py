@@ -69,10 +69,14 @@ def header(cells: pd.DataFrame, target: str) -> tuple[str, str]:
     return TARGETS[target].axis, "n = {:,.0f} / {:,.0f} / {:,.0f}".format(*sizes)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def rows(cells: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
     """(model, its cells in order of the targets), in the table's order."""
-    groups = cells.groupby("model", sort=False)
-    return [(str(model), group.to_dict("records")) for model, group in groups]
+    return [(str(model), records(group)) for model, group in cells.groupby("model", sort=False)]
 
 
 def targets_of(cells: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from castbench.provenance import write_json
-from castbench.report.html import attention_summary, kind_of_run, render_report, significant
+from castbench.report.html import attention_summary, code, kind_of_run, render_report, significant
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -151,3 +151,7 @@ def test_deviations_are_complete(root):
 def test_significant():
     values = [0.123456, 12345.6, 0, None, float("nan"), 0.00012]
     assert [significant(value) for value in values] == ["0.123", "12,346", "0", "–", "–", "0.000120"]
+
+
+def test_code_is_marked_and_everything_escaped():
+    assert str(code("set `a: <b>` & go")) == "set <code>a: &lt;b&gt;</code> &amp; go"
