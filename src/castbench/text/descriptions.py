@@ -131,7 +131,9 @@ class Worker:
         self.stop()
 
     def start(self) -> None:
-        """Start the process and wait until it is prepared."""
+        """Start a process, unless one runs, and wait until it is prepared."""
+        if self.process is not None:
+            return
         context = multiprocessing.get_context("spawn")
         before = dict(os.environ)
         os.environ.update(PYTHONHASHSEED="0", OMP_NUM_THREADS="1")
@@ -163,8 +165,7 @@ class Worker:
 
     def __call__(self, item: Any) -> tuple[str | None, str]:
         """Result and status: "ok", "failed: reason" or "timeout"."""
-        if self.process is None:
-            self.start()
+        self.start()
         try:
             self.connection.send(item)
             if self.connection.poll(self.time_limit):
@@ -199,6 +200,7 @@ def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output
     ):
         for row, material_id, value in _rows(materials, column, shard, shards):
             if source == "generate":
+                worker.start()
                 start = time.perf_counter()
                 text, status = worker(value)
                 seconds = time.perf_counter() - start
