@@ -37,6 +37,24 @@ DOWNLOADS = {
     ".tex": "application/x-tex",
     ".jsonl": "application/jsonl",
 }
+PRETRAINING = {
+    "objective": "Objective",
+    "seed": "Seed",
+    "status": "Status",
+    "reason": "Reason",
+    "n_train": "Training crystals",
+    "n_validation": "Validation crystals",
+    "epochs": "Epochs",
+    "best_epoch": "Best epoch",
+    "validation_loss": "Loss",
+    "validation_accuracy": "Accuracy",
+    "validation_accuracy_shuffled_text": "Accuracy, text shuffled",
+    "validation_accuracy_without_text": "Accuracy, no text",
+    "parameters_trainable": "Trainable parameters",
+    "seconds": "Time (s)",
+    "samples_per_second": "Samples/s",
+    "peak_memory_mb": "Peak memory (MB)",
+}
 OBJECTIVES = {"masked_node": "Masked node prediction (CAST)", "contrastive": "Contrastive (MultiMat)"}
 
 
@@ -70,10 +88,12 @@ def number(value: Any) -> str:
 
 
 def significant(value: Any, digits: int = 3) -> str:
-    """A value to some significant digits without an exponent for everyday sizes; a dash for none."""
+    """A value to some significant digits, a whole number as it is, without exponent; a dash for none."""
     if value is None or pd.isna(value):
         return "–"
-    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    if float(value).is_integer():
+        return number(value)
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 6)}f}"
 
 
@@ -226,11 +246,12 @@ def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict
     ]
 
 
-def pretraining_rows(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns that hold anything, and the rows, of `pretraining.csv`."""
+def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:
+    """Headers of the columns of `PRETRAINING` that hold anything, and the rows below them."""
     frame = pd.read_csv(file).dropna(axis="columns", how="all")
-    frame["objective"] = frame["objective"].map(lambda name: OBJECTIVES.get(name, name))
-    return list(frame.columns), tables.records(frame)
+    frame["objective"] = frame["objective"].map(OBJECTIVES).fillna(frame["objective"])
+    columns = [name for name in PRETRAINING if name in frame.columns]
+    return [PRETRAINING[name] for name in columns], frame[columns].astype(object).to_numpy().tolist()
 
 
 def attention_summary(results: Path) -> dict[str, Any]:
