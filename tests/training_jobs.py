@@ -3,10 +3,19 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
+from unittest import mock
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["castbench.training.train", "castbench.training.pretrain", "castbench.cli"])
+SERVER.set_forkserver_preload(
+    [f"castbench.training.{verb}" for verb in ("train", "pretrain")]
+    + [
+        f"castbench.models.{module}"
+        for module in ("cogn", "concat", "contrastive", "cross_attention", "text")
+    ]
+    + ["castbench.cli", "castbench.text.encoders", "peft", "torch._dynamo"]
+)
 
 
 def _job(arguments: list[str], interval: float, stop: int, number: int) -> None:
@@ -35,7 +44,10 @@ def run_job(arguments: list[str], interval: float = 30.0, stop: int = 0, number:
     Returns its exit status, negative for the signal that ended it.
     """
     process = SERVER.Process(target=_job, args=(arguments, interval, stop, number))
-    process.start()
+    # Python 3.11's server ignores sys.path, and then silently preloads nothing.
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, environment):
+        process.start()
     process.join(120)
     assert process.exitcode is not None, "the job hangs"
     return process.exitcode

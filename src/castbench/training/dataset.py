@@ -78,7 +78,9 @@ class Crystals:
         self.has_text: np.ndarray | None = None
         self.cls_id: int | None = None
         self.checksums: dict[str, str | None] = {"graphs": _checksum(graphs), "tokens": None, "states": None}
-        self.nodes = self.edges = self.tokens = None
+        self.nodes: Ragged | None = None
+        self.edges: Ragged | None = None
+        self.tokens: Ragged | None = None
         if "graph" in network.needs:
             nodes = {name: getattr(packed, name) for name in ("atomic_numbers", "multiplicities")}
             edges = {

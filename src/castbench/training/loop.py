@@ -4,7 +4,7 @@ A step is a function of the weights, the optimiser's moments and (seed, step): l
 masks and dropout have no state of their own (schedule.py). So a checkpoint after any step continues to the
 same bits.
 
-Chosen where the papers are silent: weight decay acts on weight matrices alone (not on biases, norms and LoRA);
+Chosen where the papers are silent: weight decay acts on weight matrices alone (not on biases, norms, LoRA);
 the norm of the gradient is clipped at 1, so that no single batch throws a run off.
 """
 

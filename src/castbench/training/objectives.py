@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,34 +17,37 @@ from castbench.models.batch import Batch, segments
 from castbench.training.dataset import Crystals
 from castbench.training.schedule import batches, generator
 
-LOSSES = {"l1": functional.l1_loss, "huber": functional.huber_loss, "mse": functional.mse_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": functional.l1_loss,
+    "huber": functional.huber_loss,
+    "mse": functional.mse_loss,
+}
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What the training loop asks of a task.
 
     Attributes:
-        rows: (n,) the training crystals.
-        batch_size: the most crystals of a step.
-        columns: names of what `validate` returns.
+        columns: names of the values that `validate` returns.
         selects: the one of them whose least value selects the weights.
     """
 
-    rows: Tensor
-    batch_size: int
     columns: tuple[str, ...]
     selects: str
 
-    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
-        """Mean loss () over the crystals `rows` at a step of the run."""
-        ...
+    def __init__(self, crystals: Crystals, train: Tensor, validation: Tensor, batch_size: int):
+        self.crystals, self.rows, self.validation, self.batch_size = crystals, train, validation, batch_size
 
+    @abstractmethod
+    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
+        """Mean loss () over the crystals `rows` (B,) at a step of the run."""
+
+    @abstractmethod
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Values of `columns` on the validation crystals."""
-        ...
 
 
-class Regression:
+class Regression(Objective):
     """A loss on standardised targets; selection by the mean absolute error on validation.
 
     `values` (G,) are in the target's unit; mean and std are those of the training crystals alone.
@@ -60,9 +64,8 @@ class Regression:
         validation: Tensor,
         training: dict[str, Any],
     ):
-        self.crystals, self.values = crystals, values
-        self.rows, self.validation = train, validation
-        self.batch_size: int = training["batch_size"]
+        super().__init__(crystals, train, validation, training["batch_size"])
+        self.values = values
         self.loss_function = LOSSES[training["loss"]]
         of_train = values[train.numpy()]
         self.mean = float(of_train.mean())
@@ -93,7 +96,7 @@ class Regression:
         }
 
 
-class Pretraining:
+class Pretraining(Objective):
     """A pretraining network's own loss, by which it is also selected; the contrastive one takes no more."""
 
     columns = ("validation_loss", "validation_accuracy")
@@ -102,9 +105,8 @@ class Pretraining:
     def __init__(
         self, crystals: Crystals, train: Tensor, validation: Tensor, pretraining: dict[str, Any], seed: int
     ):
-        self.crystals, self.seed = crystals, seed
-        self.rows, self.validation = train, validation
-        self.batch_size: int = pretraining["batch_size"]
+        super().__init__(crystals, train, validation, pretraining["batch_size"])
+        self.seed = seed
 
     def prepare(self, batch: Batch, *stream: int | str) -> Batch:
         """Add to a batch what the network needs beyond the caches; random numbers follow from `stream`."""

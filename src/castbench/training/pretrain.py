@@ -76,6 +76,7 @@ def pretrain_model(
         "seed": seed,
         "n": {"train": len(rows), "validation": len(held_out)},
         "n_without_text": crystals.n_without_text(torch.cat([rows, held_out])),
+        "validation": None,
         "inputs": crystals.checksums | {"splits": [ids["checksum"] for ids in lists]},
     }
     task = OBJECTIVES[objective](crystals, rows, held_out, settings["pretraining"], seed)

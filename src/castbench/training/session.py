@@ -31,9 +31,8 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
     torch.set_num_threads(wanted)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that writes every tensor twice
-    )
+    # A debugging aid that comes with it, and writes every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Fabric(accelerator=training["device"], devices=1, precision=training["precision"])
 
 

@@ -72,7 +72,7 @@ def train_model(
     fabric = open_session(settings["training"], threads)
     lists = load_split(split)
     record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "target": target}
-    record |= {"unit": TARGETS[target].unit}
+    record |= {"unit": TARGETS[target].unit, "validation": None, "test": None}
     data: Data | None = None
     for seed in seeds:
         torch.manual_seed(seed)

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+
+from castbench.errors import InputError
+from castbench.graphs.packed import PackedGraphs
+from castbench.models import build_model
+from castbench.text.states import PackedStates
+from castbench.text.tokens import PackedTokens
+from castbench.training.dataset import Crystals, Ragged
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def crystals_of(data):
+    """The caches as a model reads them; `changes` replaces paths."""
+
+    def open_caches(model, **changes):
+        network = build_model(model, data.settings(model)["architecture"], data.root / "encoder")
+        paths = {name: path for name, path in data.caches(model).items() if name != "encoder"} | changes
+        return Crystals(network, **paths, device=CPU)
+
+    return open_caches
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 11], [5], [7, 2], [2, 2]])
+def test_a_batch_is_the_crystals_end_to_end(data, crystals_of, rows):
+    batch = crystals_of("cast").batch(torch.tensor(rows))
+    graphs, tokens = PackedGraphs.open(data.root / "graphs"), PackedTokens.open(data.root / "tokens")
+    states = PackedStates.open(data.root / "text_states" / "0").states
+    edge = 0
+    assert batch.n == len(rows)
+    for place, row in enumerate(rows):
+        graph = graphs[row]
+        first, last = batch.node_offsets[place : place + 2].tolist()
+        assert batch.atomic_numbers[first:last].tolist() == graph.atomic_numbers.tolist()
+        assert batch.multiplicities[first:last].tolist() == graph.multiplicities.tolist()
+        edges = slice(edge, edge + len(graph.distances))
+        assert (batch.edge_source[edges] - first).tolist() == graph.edge_source.tolist()
+        assert (batch.edge_target[edges] - first).tolist() == graph.edge_target.tolist()
+        assert batch.distances[edges].tolist() == graph.distances.tolist()
+        assert batch.edge_multiplicities[edges].tolist() == graph.edge_multiplicities.tolist()
+        edge = edges.stop
+        text = slice(*tokens.token_offsets[row : row + 2])
+        place_of_text = slice(*batch.token_offsets[place : place + 2].tolist())
+        np.testing.assert_array_equal(
+            batch.token_states[place_of_text].numpy(), states[text].astype(np.float32)
+        )
+    assert edge == len(batch.distances) and batch.node_offsets[-1] == len(batch.atomic_numbers)
+    assert batch.token_ids is None
+
+
+def test_a_model_gets_what_it_declares_and_nothing_else(crystals_of, data, tmp_path):
+    graph_only = crystals_of("structure_only", tokens=tmp_path / "none", states=None).batch(torch.tensor([1]))
+    assert graph_only.token_offsets is None and graph_only.distances is not None
+    text_only = crystals_of("text_only").batch(torch.tensor([1]))
+    assert text_only.node_offsets is None and text_only.token_states is not None
+
+
+def test_token_ids_are_read_where_the_whole_encoder_is_tuned(data):
+    architecture = data.settings("text_only")["architecture"]
+    architecture = architecture | {"lora": architecture["lora"] | {"layers": "all"}}
+    network = build_model("text_only", architecture, data.root / "encoder")
+    batch = Crystals(network, data.root / "graphs", data.root / "tokens", None, CPU).batch(
+        torch.tensor([4, 11])
+    )
+    tokens = PackedTokens.open(data.root / "tokens")
+    assert batch.token_ids.tolist() == [*tokens[4].tolist(), *tokens[11].tolist()]
+    assert batch.token_ids.dtype == torch.int64 and batch.token_offsets.tolist() == [
+        0,
+        len(tokens[4]),
+        len(tokens[4]) + 1,
+    ]
+
+
+def test_crystals_without_graph_are_dropped_and_counted_for_every_model(crystals_of):
+    for model in ("structure_only", "text_only"):
+        rows, dropped = crystals_of(model).rows(["m-9", "m-7", "m-2"])
+        assert (rows.tolist(), dropped) == ([9, 2], 1)
+
+
+def test_a_crystal_that_the_caches_do_not_know_is_refused(crystals_of):
+    with pytest.raises(InputError, match="m-999: in the split but not in the graphs"):
+        crystals_of("structure_only").rows(["m-1", "m-999"])
+
+
+def test_states_of_another_layer_and_absent_states_are_refused(data, crystals_of):
+    with pytest.raises(InputError, match="states after 1 layers, and the model reads those after 2"):
+        crystals_of("cast", states=data.root / "text_states" / "1")
+    with pytest.raises(InputError, match="give their folder with --states"):
+        crystals_of("cast", states=None)
+
+
+def test_texts_without_description_are_counted(crystals_of):
+    assert crystals_of("cast").n_without_text(torch.tensor([10, 11, 12])) == 1
+    assert crystals_of("structure_only").n_without_text(torch.tensor([10, 11])) is None
+
+
+def test_arrays_stay_mapped_and_ragged_rows_may_be_empty(tmp_path):
+    np.save(tmp_path / "values.npy", np.arange(6, dtype=np.uint8))
+    mapped = np.load(tmp_path / "values.npy", mmap_mode="r")
+    ragged = Ragged(np.array([0, 2, 2, 6]), CPU, values=mapped)
+    assert ragged.arrays["values"].data_ptr() == mapped.__array_interface__["data"][0]
+    offsets, values = ragged.take(torch.tensor([2, 1, 0]))
+    assert offsets.tolist() == [0, 4, 4, 6] and values["values"].tolist() == [2, 3, 4, 5, 0, 1]

@@ -1,0 +1,252 @@
+import json
+import shutil
+import signal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from castbench.errors import InputError
+from castbench.evaluation.metrics import scores
+from castbench.materials.splits import write_split
+from castbench.models import build_model
+from castbench.provenance import write_json
+from castbench.training.dataset import Crystals
+from castbench.training.objectives import Regression
+from castbench.training.train import train_model
+from training_jobs import bytes_of, run_job
+
+MODELS = [
+    "structure_only",
+    "text_only",
+    "crysmmnet_frozen",
+    "crysmmnet_lora",
+    "multimat",
+    "cast_scratch",
+    "cast",
+]
+STEPS = 16  # of a run: 4 epochs of 27 crystals, 8 a batch
+
+
+def record(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def pretrained(data):
+    """The data set with both pretrainings, seeds 0 to 2."""
+    for objective in ("masked_node", "contrastive"):
+        folder = data.root / "pretrain" / objective
+        assert run_job(data.pretrain(objective, folder / "0")) == 0
+        for seed in ("1", "2"):
+            shutil.copytree(folder / "0", folder / seed)
+    return data
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_at_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(pretrained, tmp_path, model):
+    unbroken, killed = (
+        pretrained.train(model, tmp_path / "a" / model),
+        pretrained.train(model, tmp_path / "b" / model),
+    )
+    assert run_job(unbroken) == 0
+    for stop in np.random.default_rng(MODELS.index(model)).integers(2, 6, 3).tolist():
+        assert run_job(killed, interval=0, stop=stop) == -signal.SIGKILL
+        assert not (tmp_path / "b" / model / "0" / "metrics.json").exists()
+    assert run_job(killed, interval=0) == 0
+    expected = bytes_of(tmp_path / "a" / model / "0")
+    assert set(expected) == {
+        "config.json",
+        "history.csv",
+        "metrics.json",
+        "model.safetensors",
+        "predictions.parquet",
+    }
+    assert bytes_of(tmp_path / "b" / model / "0") == expected
+
+    found = record(tmp_path / "b" / model / "0")
+    assert (found["status"], found["steps"], found["epochs"]) == ("finished", STEPS, 4)
+    assert found["n"] == {"train": 27, "validation": 6, "test": 6} and found["n_dropped"]["no graph"] == 1
+    lora, text = model in ("text_only", "crysmmnet_lora"), model not in ("structure_only", "multimat")
+    assert found["text"] == ("lora" if lora else "frozen" if text else "none")
+    assert found["n_without_text"] == (1 if text else None)
+    assert (found["pretrained"] or {}).get("objective") == {
+        "multimat": "contrastive",
+        "cast": "masked_node",
+    }.get(model)
+    weights = load_file(tmp_path / "b" / model / "0" / "model.safetensors")
+    assert sum(value.numel() for value in weights.values()) == found["parameters"]["trainable"]
+    assert (found["parameters"]["trainable"] < found["parameters"]["total"]) == lora
+
+
+def test_sigterm_writes_a_checkpoint_and_asks_for_another_start(data, tmp_path):
+    stopped = data.train("cast_scratch", tmp_path / "b" / "cast_scratch")
+    assert run_job(data.train("cast_scratch", tmp_path / "a" / "cast_scratch")) == 0
+    assert run_job(stopped, stop=6, number=signal.SIGTERM) == 143
+    (checkpoint,) = (tmp_path / "b" / "cast_scratch" / "checkpoints" / "0").iterdir()
+    assert checkpoint.name.startswith("000000006-")
+    assert run_job(stopped, stop=STEPS - 6 + 1) == 0  # takes the other ten steps, else it would be killed
+    assert bytes_of(tmp_path / "b" / "cast_scratch" / "0") == bytes_of(tmp_path / "a" / "cast_scratch" / "0")
+
+
+def test_a_finished_seed_is_not_trained_again(data, tmp_path):
+    output, unbroken = tmp_path / "structure_only", tmp_path / "unbroken"
+    job = data.train("structure_only", output, seeds=(0, 1, 2))
+    assert run_job(data.train("structure_only", unbroken, seeds=(0, 1, 2))) == 0
+    assert run_job(job, interval=0, stop=2 * STEPS + 5) == -signal.SIGKILL
+    for seed in ("0", "1"):
+        shutil.rmtree(output / seed)  # as Snakemake does with the outputs of a failed job
+    assert run_job(job, stop=STEPS - 4 + 1) == 0  # the steps that the third seed still had to take
+    for seed in ("0", "1", "2"):
+        assert bytes_of(output / seed) == bytes_of(unbroken / seed)
+    assert record(output / "0")["test"] != record(output / "1")["test"]
+
+
+def test_a_damaged_checkpoint_falls_back_and_the_run_ends_the_same(data, tmp_path):
+    output = tmp_path / "b" / "structure_only"
+    assert run_job(data.train("structure_only", tmp_path / "a" / "structure_only")) == 0
+    assert run_job(data.train("structure_only", output), interval=0, stop=9) == -signal.SIGKILL
+    newest = max((output / "checkpoints" / "0").glob("0*"))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    assert run_job([*data.train("structure_only", output), "--log", str(tmp_path / "log")]) == 0
+    assert "damaged" in (tmp_path / "log").read_text()
+    assert "continuing after step 7 of 16" in (tmp_path / "log").read_text()
+    assert bytes_of(output / "0") == bytes_of(tmp_path / "a" / "structure_only" / "0")
+
+
+def test_changed_settings_start_anew(data, tmp_path):
+    output = tmp_path / "b" / "structure_only"
+    assert run_job(data.train("structure_only", output), interval=0, stop=9) == -signal.SIGKILL
+    changed = data.train("structure_only", output, weight_decay=0.5)
+    assert run_job([*changed, "--log", str(tmp_path / "log")]) == 0
+    assert "of other settings, data or code" in (tmp_path / "log").read_text()
+    again = data.train("structure_only", tmp_path / "a" / "structure_only", weight_decay=0.5)
+    assert run_job(again) == 0
+    assert bytes_of(output / "0") == bytes_of(tmp_path / "a" / "structure_only" / "0")
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path):
+    output = tmp_path / "structure_only"
+    assert run_job(data.train("structure_only", output, seeds=(0, 1), learning_rate=1e38)) == 0
+    found = record(output / "1")
+    assert found["status"] == "failed" and found["test"] is None
+    assert found["reason"] == "training loss is not finite at step 1"
+    assert found["failure"]["step"] == 1 and found["failure"]["learning_rate"] > 1e37
+    assert 0 < len(found["failure"]["material_ids"]) <= 8
+    assert set(found["failure"]["material_ids"]) <= {f"m-{i}" for i in range(28)}
+    assert len(pd.read_parquet(output / "1" / "predictions.parquet")) == 0
+    assert load_file(output / "1" / "model.safetensors") == {}
+    assert list(pd.read_csv(output / "1" / "history.csv").columns) == [
+        "epoch", "step", "learning_rate", "train_loss", "validation_loss", "validation_mae",
+    ]  # fmt: skip
+
+
+def arguments(data, model, output, **changes):
+    """Arguments of train_model, called in this process."""
+    given = {
+        "settings": data.settings(model),
+        "model": model,
+        "target": "total_energy",
+        "seeds": [0],
+        "materials": data.root / "materials.parquet",
+        "split": data.root / "splits" / "total_energy.json",
+        **data.caches(model),
+        "pretrained": [],
+        "output": output,
+        "threads": 1,
+    }
+    return given | changes
+
+
+def test_predictions_are_those_of_the_saved_weights_and_the_record_is_their_error(data, tmp_path):
+    train_model(**arguments(data, "cast_scratch", tmp_path))
+    table, found = pd.read_parquet(tmp_path / "0" / "predictions.parquet"), record(tmp_path / "0")
+    for part in ("validation", "test"):
+        rows = table[table["split"] == part]
+        assert found[part] == scores(rows["y_true"], rows["y_pred"])
+    history = pd.read_csv(tmp_path / "0" / "history.csv")
+    assert history["validation_mae"].idxmin() == found["best_epoch"]
+    assert found["validation"]["mae"] == history["validation_mae"].min()
+
+    network = build_model(
+        "cast_scratch", data.settings("cast_scratch")["architecture"], data.root / "encoder"
+    )
+    network.load_trained_state(load_file(tmp_path / "0" / "model.safetensors"))
+    paths = {name: path for name, path in data.caches("cast_scratch").items() if name != "encoder"}
+    crystals = Crystals(network, **paths, device=torch.device("cpu"))
+    rows, _ = crystals.rows(table.loc[table["split"] == "test", "material_id"])
+    with torch.inference_mode():
+        predicted = (
+            network.eval()(crystals.batch(rows)).double().numpy() * found["target_std"] + found["target_mean"]
+        )
+    np.testing.assert_array_equal(predicted, table.loc[table["split"] == "test", "y_pred"])
+
+
+def test_standardisation_is_by_the_training_part_and_errors_are_in_the_unit(data):
+    values = np.full(40, np.nan)
+    values[:6] = [1.0, 3.0, 100.0, 200.0, np.nan, np.nan]
+    network = build_model("structure_only", data.settings("structure_only")["architecture"], None)
+    paths = {name: path for name, path in data.caches("structure_only").items() if name != "encoder"}
+    crystals = Crystals(network, **paths, device=torch.device("cpu"))
+    task = Regression(
+        crystals, values, torch.tensor([0, 1]), torch.tensor([2, 3]), {"batch_size": 2, "loss": "mse"}
+    )
+    assert (task.mean, task.std) == (2.0, 1.0)
+    assert task.targets[:2].tolist() == [-1.0, 1.0]
+
+    class Constant(torch.nn.Module):
+        def forward(self, batch):
+            return torch.full((batch.n,), 1.5)
+
+    validation = task.validate(Constant())
+    assert validation["validation_mae"] == pytest.approx((96.5 + 196.5) / 2)
+    assert validation["validation_loss"] == pytest.approx((96.5**2 + 196.5**2) / 2)
+    assert float(task.loss(Constant(), torch.tensor([0, 1]), 0)) == pytest.approx((2.5**2 + 0.5**2) / 2)
+
+
+def test_a_target_with_too_few_crystals_is_skipped(data, tmp_path):
+    write_split(
+        tmp_path / "s.json", "total_energy", {"train": ["m-1"], "validation": [], "test": []}, 0, [1], None
+    )
+    train_model(**arguments(data, "structure_only", tmp_path / "run", split=tmp_path / "s.json"))
+    found = record(tmp_path / "run" / "0")
+    assert found["status"] == "skipped" and "20 are the fewest" in found["reason"]
+    assert len(pd.read_parquet(tmp_path / "run" / "0" / "predictions.parquet")) == 0
+    assert (tmp_path / "run" / "0" / "cost.json").read_text() == "{}\n"
+
+
+def test_a_missing_target_is_dropped_and_counted(data, tmp_path, caplog):
+    table = pq.read_table(data.root / "materials.parquet").to_pydict()
+    table["energy_per_atom"][3] = None
+    pq.write_table(pa.table(table), tmp_path / "materials.parquet")
+    train_model(**arguments(data, "structure_only", tmp_path, materials=tmp_path / "materials.parquet"))
+    found = record(tmp_path / "0")
+    assert found["n"]["train"] == 26 and found["n_dropped"] == {"no graph": 1, "no target": 1}
+    assert "total_energy: 1 crystals dropped, no target" in caplog.text
+
+
+def test_materials_that_are_not_those_of_the_caches_are_refused(data, tmp_path):
+    pq.write_table(pa.table({"material_id": ["x"], "energy_per_atom": [1.0]}), tmp_path / "materials.parquet")
+    with pytest.raises(InputError, match="other crystals than the graphs have"):
+        train_model(**arguments(data, "structure_only", tmp_path, materials=tmp_path / "materials.parquet"))
+
+
+def test_a_pretraining_that_is_missing_is_refused_and_one_that_failed_skips_the_run(data, tmp_path):
+    with pytest.raises(InputError, match="multimat, seed 0: no pretraining run of this seed"):
+        train_model(**arguments(data, "multimat", tmp_path, pretrained=[tmp_path / "1"]))
+    failed = {
+        "status": "failed",
+        "reason": "training loss is not finite at step 3",
+        "objective": "contrastive",
+    }
+    write_json(tmp_path / "pretrain" / "0" / "metrics.json", failed)
+    train_model(**arguments(data, "multimat", tmp_path / "run", pretrained=[tmp_path / "pretrain" / "0"]))
+    assert record(tmp_path / "run" / "0")["status"] == "skipped"
+    assert (
+        "pretraining contrastive, seed 0, is failed: training loss"
+        in record(tmp_path / "run" / "0")["reason"]
+    )
