@@ -49,21 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
     """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`."""
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        kind, many = hints[name], False
+        kind, many, default = hints[name], False, parameter.default
         if isinstance(kind, types.UnionType):  # X | None
+            default = None if default is inspect.Parameter.empty else default
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         if typing.get_origin(kind) is list:
             kind, many = typing.get_args(kind)[0], True
         if typing.get_origin(kind) is dict:
             kind = dict
-        required = parameter.default is inspect.Parameter.empty
+        required = default is inspect.Parameter.empty
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
             type=json_object if kind is dict else kind,
             nargs="*" if many else None,
             required=required,
-            default=None if required else parameter.default,
+            default=None if required else default,
         )
 
 

@@ -43,12 +43,11 @@ def check(config: Config) -> None:
         )
     architecture = config["architecture"]
     width, fusion = architecture["cogn"]["width"], architecture["cross_attention"]
-    for section in ("cross_attention", "contrastive"):
-        if architecture[section]["width"] != width:
-            raise InputError(
-                f"architecture.{section}.width: {architecture[section]['width']} differs from "
-                f"cogn.width {width}; make them equal"
-            )
+    if fusion["width"] != width:
+        raise InputError(
+            f"architecture.cross_attention.width: {fusion['width']} differs from cogn.width {width}; "
+            "make them equal"
+        )
     if fusion["width"] % fusion["heads"]:
         raise InputError(
             f"architecture.cross_attention.heads: {fusion['heads']} does not divide "

@@ -114,7 +114,7 @@ def test_one_key_gives_cast_a_trained_text_encoder(config: dict):
     for name in ("cast", "cast_scratch", "masked_node"):
         assert meaning.text_mode(name, changed) == "lora"
         assert "lora" in meaning.architecture(name, changed)
-        assert meaning.remaining_layers(name, changed) == 2
+        assert meaning.remaining_layers(name, changed) == 1
     changed = merged(changed, {"architecture": {"lora": {"layers": "all"}}})
     assert meaning.remaining_layers("cast", changed) is None
 
