@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
 
 WEIGHTS = "model.safetensors"
+# Built as BERT is, layer for layer; others (MPNet, DeBERTa) hand position biases to their layers.
+FAMILY = ("bert", "roberta", "xlm-roberta", "camembert")
 # Weights as safetensors alone: no pickle is ever read, nor downloaded.
 FILES = (
     "config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
@@ -42,13 +44,12 @@ class LayeredEncoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        layers = getattr(getattr(model, "encoder", None), "layer", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(model, "embeddings"):
-            kind = model.config.model_type
+        kind = model.config.model_type
+        if kind not in FAMILY:
             raise InputError(f"text encoder of type {kind}: not built like BERT; use one of that family")
         self.config = model.config
         self.embeddings: nn.Module = model.embeddings  # type: ignore[assignment]
-        self.layers = layers
+        self.layers: nn.ModuleList = model.encoder.layer
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LayeredEncoder":
