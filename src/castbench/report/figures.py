@@ -287,16 +287,9 @@ def _seeds(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Pa
                     axis.plot([scores.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=1.8)
                 missing = len(settings["seeds"]) - len(scores)
                 if missing:
-                    axis.text(
-                        0.99,
-                        place,
-                        f"{missing} of {len(settings['seeds'])} runs missing",
-                        color=MUTED,
-                        ha="right",
-                        va="center",
-                        transform=axis.get_yaxis_transform(),
-                        size=7,
-                    )
+                    note = f"{missing} of {len(settings['seeds'])} runs missing"
+                    where = axis.get_yaxis_transform()
+                    axis.text(1.01, place, note, color=MUTED, va="center", transform=where, size=7)
             baseline = mean_baseline(results, target)
             if not math.isnan(baseline):
                 axis.axvline(baseline, color=MUTED, linestyle="--", linewidth=0.9)

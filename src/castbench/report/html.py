@@ -147,6 +147,8 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
     return {
         "settings": settings,
         "kind": kind_of_run(settings),
+        "paper_compared": is_paper_setting(settings),
+        "file": Path(config["materials"]["path"]).name,
         "targets": [TARGETS[target] for target in targets],
         "models": [MODELS[model] for model in ordered_models(settings)],
         "headers": [tables.header(cells, target) for target in targets],

@@ -50,7 +50,10 @@ def config(settings):
     """The part of a configuration that the report reads."""
     keys = ("dataset", "targets", "models", "text_encoder")
     config = {key: settings[key] for key in keys} | {"structure_encoder": "cogn"}
-    return config | {"materials": {"source": "demo"}, "training": {"seeds": settings["seeds"]}}
+    return config | {
+        "materials": {"source": "demo", "path": "somewhere/crystals.jsonl.zst"},
+        "training": {"seeds": settings["seeds"]},
+    }
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 
 from castbench.provenance import write_json
-from castbench.report.html import attention_summary, code, kind_of_run, render_report, significant
+from castbench.report.html import (
+    attention_summary,
+    code,
+    kind_of_run,
+    render_report,
+    significant,
+    table1_rows,
+)
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -155,3 +162,28 @@ def test_significant():
 
 def test_code_is_marked_and_everything_escaped():
     assert str(code("set `a: <b>` & go")) == "set <code>a: &lt;b&gt;</code> &amp; go"
+
+
+def test_the_papers_values_are_compared_and_coloured_where_they_can_be(results, config, tmp_path):
+    paper = config | {"text_encoder": "matscibert", "materials": {"source": "materials_project", "path": "x"}}
+    render_report(paper, results, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<small class="far">paper 0.256 (0.045), difference +0.349</small>' in page
+    assert "Green: within two combined standard deviations" in page
+    assert "hull that knows only" not in page
+
+
+@pytest.mark.parametrize(
+    ("mean", "comparable", "near"), [(0.3, True, True), (0.5, True, False), (0.3, False, None)]
+)
+def test_near_is_within_two_combined_standard_deviations(mean, comparable, near):
+    cell = {"model": "cast", "target": "band_gap", "mean": mean, "std": 0.03, "finished": 3, "expected": 3}
+    cell |= {
+        "paper_mean": 0.25,
+        "paper_std": 0.04,
+        "difference": mean - 0.25,
+        "comparable": comparable,
+        "rank": 1,
+    }
+    (row,) = table1_rows(pd.DataFrame([cell]))
+    assert row["cells"][0]["near"] is near
