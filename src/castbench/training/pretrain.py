@@ -148,10 +148,12 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
             state = model.run(model.embed(token[None]), mask, 0, network.text_layer)[0].half().float()
 
     def alter(batch: Batch, rows: Tensor) -> Batch:
-        offsets = torch.arange(batch.n + 1, device=token.device)
-        ids = None if batch.token_ids is None else token.expand(batch.n)
-        states = None if state is None else state.expand(batch.n, -1)
-        return with_text(batch, Batch(batch.n, token_ids=ids, token_states=states, token_offsets=offsets))
+        alone = Batch(batch.n, token_offsets=torch.arange(batch.n + 1, device=token.device))
+        if state is None:
+            alone.token_ids = token.expand(batch.n)
+        else:
+            alone.token_states = state.expand(batch.n, -1)
+        return with_text(batch, alone)
 
     return alter
 
