@@ -1,4 +1,4 @@
-"""A file of one's own with every kind of bad record goes through to the report; what cannot go on says why."""
+"""A user's own file, bad records and all, goes through to the report; what cannot go on says why."""
 
 import csv
 import json

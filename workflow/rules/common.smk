@@ -5,6 +5,7 @@ Rules pass `settings`, the part of the configuration that they depend on, as JSO
 
 import json
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
@@ -132,15 +133,13 @@ def objective_inputs(wildcards):
 def states_option(name, wildcards):
     """`--states FOLDER` for a model or an objective that reads cached token states."""
     states = text_inputs(name, wildcards).get("states")
-    return f"--states {states.removesuffix('/manifest.json')}" if states else ""
+    return f"--states {Path(states).parent}" if states else ""
 
 
 def pretrained_option(wildcards):
     """`--pretrained FOLDER ...`, one a seed, for a model that starts from pretrained weights."""
-    folders = [
-        path.rsplit("/", 1)[0] for path in model_inputs(wildcards).get("pretrained", [])
-    ]
-    return " ".join(["--pretrained", *folders])
+    weights = model_inputs(wildcards).get("pretrained", [])
+    return " ".join(["--pretrained", *(str(Path(file).parent) for file in weights)])
 
 
 def all_metrics(wildcards):

@@ -62,6 +62,10 @@ rule aggregate_runs:
             "results/{{dataset}}/tables/{name}",
             name=[t for t in TABLES if t not in ("table1.csv", "table2.csv")],
         ),
+    log:
+        "results/{dataset}/logs/aggregate_runs.log",
+    conda:
+        "../../envs/report.yaml"
     params:
         settings=settings(
             "dataset",

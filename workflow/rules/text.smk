@@ -54,7 +54,7 @@ rule prefetch_encoder:
         "../../envs/train.yaml"
     params:
         encoder=config["text_encoder"],
-        folder=ENCODER,
+        folder=lambda wildcards, output: str(Path(output[0]).parent),
     shell:
         "python -m castbench prefetch_encoder --encoder {params.encoder:q} --output {params.folder:q} --log {log:q}"
 
@@ -73,7 +73,7 @@ rule tokenize_text:
         "../../envs/train.yaml"
     params:
         settings=settings("max_tokens", "text_encoder"),
-        encoder=ENCODER,
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
     shell:
         "python -m castbench tokenize_text --settings {params.settings:q} --descriptions {input.descriptions}"
         " --encoder {params.encoder:q} --output results/{wildcards.dataset}/tokens --log {log}"
@@ -93,7 +93,7 @@ rule embed_text:
     resources:
         gpu=GPUS,
     params:
-        encoder=ENCODER,
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
         device=config["training"]["device"],
     shell:
         "python -m castbench embed_text --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q}"
