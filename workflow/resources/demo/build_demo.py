@@ -2,8 +2,8 @@
 
     build_demo.py [--collect rows.jsonl ...]
 
-`--collect` first puts the scripts' rows into raw.jsonl.zst (rows with an error are left out, shear moduli
-join the row of their crystal). Formation energies and the hull come from here; all else is as computed.
+`--collect` first puts the scripts' rows into raw.jsonl.zst (rows with an error are left out, rows that only
+add to a crystal join its row). Formation energies and the hull come from here; all else is as computed.
 """
 
 import argparse
@@ -74,25 +74,25 @@ def collect_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         ValueError: a crystal was labelled twice.
     """
     crystals: dict[str, dict[str, Any]] = {}
-    shear = []
+    additions = []  # moduli or a gap that were computed later
     for row in read_rows(paths):
         if "error" in row:
             continue
         if "energy" not in row:
-            shear.append(row)
+            additions.append(row)
         elif identifier(row) in crystals:
             raise ValueError(f"{identifier(row)}: is there twice; remove one of the rows")
         else:
             crystals[identifier(row)] = row
     by_sites = {key(row): row for row in crystals.values() if "sites" in row}
-    for row in shear:
+    for row in additions:
         target = by_sites[key(row)]
         target |= row | {"seconds": round(target["seconds"] + row["seconds"], 1)}
     return [crystals[name] for name in sorted(crystals)]
 
 
 def key(row: dict[str, Any]) -> str:
-    """What the shear moduli of a crystal are found by."""
+    """What the crystal of an addition is found by."""
     return json.dumps([row["prototype"], row["sites"]])
 
 
@@ -115,12 +115,12 @@ def build_crystals(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row.get("molecule"):
             continue  # a reference, no crystal
         composition, elements = Composition(row["formula"]), frozenset(row["species"])
-        formation = hull = None
+        formation = above = None
         if elements <= zero.keys():
             known = sum(zero[symbol] for symbol in row["species"]) / len(row["species"])
             formation = round(row["energy_per_atom"] - known, 6)
-            entry = PDEntry(composition, row["energy"])
-            hull = round(max(0.0, diagram(elements).get_e_above_hull(entry, allow_negative=True)), 6)
+            hull = diagram(elements).get_hull_energy_per_atom(composition)
+            above = round(max(0.0, row["energy_per_atom"] - float(hull)), 6)
         bulk = round(row["bulk_modulus"], 4) if row["prototype"] in CUBIC else None
         shear = {name: row.get(f"shear_{name}") for name in ("voigt", "reuss", "vrh")}
         records.append(
@@ -133,7 +133,7 @@ def build_crystals(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "frac_coords": [[round(x % 1, 10) % 1 for x in site] for site in row["frac_coords"]],
                 "energy_per_atom": round(row["energy_per_atom"], 6),
                 "formation_energy_per_atom": formation,
-                "energy_above_hull": hull,
+                "energy_above_hull": above,
                 "band_gap": round(row["band_gap"], 4),
                 **{f"k_{name}": bulk for name in shear},
                 **{f"g_{name}": None if value is None else round(value, 4) for name, value in shear.items()},
