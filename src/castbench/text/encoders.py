@@ -49,7 +49,7 @@ class LayeredEncoder(nn.Module):
             raise InputError(f"text encoder of type {kind}: not built like BERT; use one of that family")
         self.config = model.config
         self.embeddings: nn.Module = model.embeddings  # type: ignore[assignment]
-        self.layers: nn.ModuleList = model.encoder.layer
+        self.layers: nn.ModuleList = model.encoder.layer  # type: ignore[union-attr, assignment]
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LayeredEncoder":
