@@ -197,7 +197,7 @@ class Trainer:
         run.seconds, self.clock, self.saved = run.seconds + now - self.clock, now, now
         own = {name: getattr(run, name) for name in ("step", "history", "best_epoch", "seconds")}
         write_checkpoint(self.folder, run.step, tensors, own | {"key": self.key})
-        if terminated.is_set() and run.step < run.total:
+        if terminated.is_set():
             log.warning(
                 "stopped by SIGTERM after step %d of %d; start again to continue", run.step, run.total
             )
