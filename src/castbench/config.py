@@ -8,16 +8,16 @@ from castbench.text import slug
 
 Config = dict[str, Any]
 
-# model: (reads the graph, how it reads text, architecture sections, pretraining objective).
+# model: (how it reads text, architecture sections, pretraining objective).
 # Text is "none", "frozen", "lora", or "choice": the key `text` of the cross_attention section.
-MODELS: dict[str, tuple[bool, str, tuple[str, ...], str | None]] = {
-    "structure_only": (True, "none", ("cogn",), None),
-    "text_only": (False, "lora", ("lora",), None),
-    "crysmmnet_frozen": (True, "frozen", ("cogn", "concat"), None),
-    "crysmmnet_lora": (True, "lora", ("cogn", "concat", "lora"), None),
-    "multimat": (True, "none", ("cogn",), "contrastive"),
-    "cast_scratch": (True, "choice", ("cogn", "cross_attention"), None),
-    "cast": (True, "choice", ("cogn", "cross_attention"), "masked_node"),
+MODELS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "structure_only": ("none", ("cogn",), None),
+    "text_only": ("lora", ("lora",), None),
+    "crysmmnet_frozen": ("frozen", ("cogn", "concat"), None),
+    "crysmmnet_lora": ("lora", ("cogn", "concat", "lora"), None),
+    "multimat": ("none", ("cogn",), "contrastive"),
+    "cast_scratch": ("choice", ("cogn", "cross_attention"), None),
+    "cast": ("choice", ("cogn", "cross_attention"), "masked_node"),
 }
 # objective: (architecture sections, how it reads text)
 OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -58,19 +58,14 @@ def check(config: Config) -> None:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
 
 
-def reads_graph(model: str) -> bool:
-    """Whether the model reads crystal graphs."""
-    return MODELS[model][0]
-
-
 def text_mode(name: str, config: Config) -> str:
     """How a model or a pretraining objective reads text: none, frozen or lora."""
-    return _text(OBJECTIVES[name][1] if name in OBJECTIVES else MODELS[name][1], config)
+    return _text(OBJECTIVES[name][1] if name in OBJECTIVES else MODELS[name][0], config)
 
 
 def objective(model: str) -> str | None:
     """The pretraining that the model starts from, if any."""
-    return MODELS[model][3]
+    return MODELS[model][2]
 
 
 def remaining_layers(name: str, config: Config) -> int | None:
@@ -84,7 +79,7 @@ def remaining_layers(name: str, config: Config) -> int | None:
 
 def architecture(name: str, config: Config) -> Config:
     """The architecture sections that a model or an objective uses, and nothing else."""
-    sections = list(OBJECTIVES[name][0] if name in OBJECTIVES else MODELS[name][2])
+    sections = list(OBJECTIVES[name][0] if name in OBJECTIVES else MODELS[name][1])
     if text_mode(name, config) == "lora" and "lora" not in sections:
         sections.append("lora")
     return {section: config["architecture"][section] for section in sections}

@@ -112,8 +112,8 @@ def text_inputs(name, wildcards):
 def model_inputs(wildcards):
     """Caches and pretrained weights that a model reads."""
     inputs = text_inputs(wildcards.model, wildcards)
-    if meaning.reads_graph(wildcards.model):
-        inputs["graphs"] = f"results/{wildcards.dataset}/graphs/manifest.json"
+    # Also without a graph encoder: all models see the crystals that have a graph.
+    inputs["graphs"] = f"results/{wildcards.dataset}/graphs/manifest.json"
     objective = meaning.objective(wildcards.model)
     if objective:
         inputs["pretrained"] = expand(
