@@ -95,8 +95,6 @@ def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
                     partial,
                     format=suffix[1:],
                     metadata=metadata,
-                    bbox_inches="tight",
-                    pad_inches=0.08,
                     transparent=suffix == ".svg",
                 )
         plt.close(figure)
@@ -463,47 +461,44 @@ def _by_group(
 def _cost(settings: dict[str, Any], runs: pd.DataFrame, path: Path) -> None:
     models = ordered_models(settings)
     finished = runs[runs["status"] == "finished"]
-    measures = (
-        ("parameters (million)", "parameters_trainable", 1e-6),
-        ("time of a run (s)", "seconds", 1),
-        ("speed (training samples/s)", "samples_per_second", 1),
-        ("peak memory (MB)", "peak_memory_mb", 1),
-    )
+    measures = {
+        "parameters_total": "parameters",
+        "seconds": "time of a run (s)",
+        "samples_per_second": "speed (training samples/s)",
+        "peak_memory_mb": "peak memory (MB)",
+    }
     with drawing(settings, path) as made:
         figure, axes = panels(len(measures), 4, (2.6, 0.8 + 0.27 * len(models)), sharey=True)
         made.append(figure)
-        for axis, (label, column, scale) in zip(axes, measures, strict=True):
+        for axis, (column, label) in zip(axes, measures.items(), strict=True):
             axis.set(xlabel=label)
             for place, model in enumerate(models):
-                chosen = finished[finished["model"] == model]
-                values = chosen[column].dropna() * scale
-                if values.empty:
-                    axis.text(
-                        0.03,
-                        place,
-                        "no run",
-                        color=MUTED,
-                        va="center",
-                        transform=axis.get_yaxis_transform(),
-                        size=7,
+                chosen = finished[finished["model"] == model].dropna(subset=column)
+                colour = MODELS[model].colour
+                if chosen.empty:
+                    where = axis.get_yaxis_transform()
+                    axis.text(0.03, place, "no run", color=MUTED, va="center", transform=where, size=7)
+                elif column == "parameters_total":
+                    ends = [chosen["parameters_trainable"].max(), chosen["parameters_total"].max()]
+                    axis.plot(ends, [place, place], color=RULE, linewidth=2.5, zorder=1)
+                    axis.plot(ends[1], place, "o", color=MUTED, markersize=5, markerfacecolor="none")
+                    axis.plot(ends[0], place, "o", color=colour, markersize=5)
+                else:
+                    axis.barh(place, chosen[column].mean(), color=colour, height=0.6)
+                    axis.plot(
+                        chosen[column], [place] * len(chosen), "o", color=INK, markersize=1.8, alpha=0.6
                     )
-                    continue
-                if column == "parameters_trainable":
-                    total = chosen["parameters_total"].max() * scale
-                    axis.barh(place, total, color=RULE, height=0.6)
-                axis.barh(place, values.mean(), color=MODELS[model].colour, height=0.6)
-                if column != "parameters_trainable":
-                    axis.plot(values, np.full(len(values), place), "o", color=INK, markersize=1.8, alpha=0.6)
             axis.grid(axis="x")
             axis.set_yticks(range(len(models)), [model_label(m) for m in models])
             axis.set_ylim(len(models) - 0.5, -0.5)
             axis.tick_params(axis="y", length=0)
-        axes[0].set_title("trainable (grey: total)", fontsize=7.5, fontweight="normal")
+        if len(finished):
+            axes[0].set_xscale("log")
 
 
 # --- attention ------------------------------------------------------------------------------------
 
-MAX_WORDS = 110
+MAX_WORDS = 100
 ROLES = (("cast_scratch", "CAST without pretraining"), ("cast", "CAST with pretraining"))
 
 
@@ -554,7 +549,7 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
         figure, grid = plt.subplots(
             layers * len(present),
             1,
-            figsize=(max(5.0, 0.125 * len(words) + 1.6), layers * len(present) * height + 1),
+            figsize=(max(5.0, 0.1 * len(words) + 1.4), layers * len(present) * height + 1),
             squeeze=False,
             sharex=True,
             layout="constrained",
@@ -566,7 +561,7 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
             axis.set_yticks(range(nodes), maps["nodes"], fontsize=6.5)
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
-            axis.text(1.004, 0.5, f"layer {layer + 1}", transform=axis.transAxes, va="center", size=7)
+            axis.set_ylabel(f"layer {layer + 1}", fontsize=7)
             if layer == 0:
                 axis.set_title(role, color=MODELS[model].colour)
         grid[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
@@ -574,9 +569,8 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
         grid[-1, 0].set_xlabel(
             f"words of the description of {maps['formula']} ({maps['material_id']}){shown}"
         )
-        figure.supylabel("nodes (queries)", fontsize=8.5)
         figure.colorbar(
-            image, ax=list(grid[:, 0]), label="attention, mean over heads", shrink=0.5, pad=0.06, extend="max"
+            image, ax=list(grid[:, 0]), label="attention, mean over heads", shrink=0.5, pad=0.01, extend="max"
         )
 
 

@@ -45,14 +45,12 @@ PRETRAINING = {
     "n_train": "Training crystals",
     "n_validation": "Validation crystals",
     "epochs": "Epochs",
-    "best_epoch": "Best epoch",
     "validation_loss": "Loss",
     "validation_accuracy": "Accuracy",
     "validation_accuracy_shuffled_text": "Accuracy, text shuffled",
     "validation_accuracy_without_text": "Accuracy, no text",
     "parameters_trainable": "Trainable parameters",
     "seconds": "Time (s)",
-    "samples_per_second": "Samples/s",
     "peak_memory_mb": "Peak memory (MB)",
 }
 OBJECTIVES = {"masked_node": "Masked node prediction (CAST)", "contrastive": "Contrastive (MultiMat)"}
