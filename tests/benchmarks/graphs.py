@@ -4,8 +4,8 @@
 
 PYTHON is the interpreter of an environment with the reference (tests/reference/make_cogn_graphs.py says how
 to make it). Without it the alternative is the same steps with pymatgen: symmetry by SpacegroupAnalyzer, all
-neighbours within 10 angstrom of every atom of the refined cell, then the nearest 24. Times are CPU time of one
-process.
+neighbours within 10 angstrom of every atom of the refined cell, then the nearest 24. Times are CPU time of a
+single process.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def with_reference(python: str, structures: list[Structure]) -> np.ndarray:
     answer = subprocess.run(
         [python, str(script), "--time"], input="\n".join(rows), capture_output=True, text=True, check=True
     )
-    return np.array(json.loads(answer.stdout.splitlines()[-1]))
+    return np.array([float(line) for line in answer.stdout.splitlines()])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import spglib
 
-from castbench.graphs.symmetry import NoSymmetryError, symmetric_cell
+from castbench.graphs.cubic import NotCubicError, cubic_cell
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ def asymmetric_unit(
         atomic_numbers: (n,) elements.
         symprec: distance tolerance of the symmetry search, angstrom.
     """
-    with suppress(NoSymmetryError):
-        cell = symmetric_cell(lattice, positions, atomic_numbers, symprec)
+    with suppress(NotCubicError, spglib.SpglibError):
+        cell = cubic_cell(lattice, positions, atomic_numbers, symprec)
         first_atoms = cell.atoms[cell.orbits]
         kept = cell.lattice, cell.positions, atomic_numbers[cell.atoms]
         return _unit(*kept, first_atoms, cell.centring, cell.spacegroup)
-    # At the edge of the tolerance, spglib tries smaller ones.
     dataset = None
     with suppress(spglib.SpglibError):  # spglib before 2.9 returns None instead
         given: Any = (lattice, positions, atomic_numbers)  # spglib's hints know lists only

@@ -62,7 +62,7 @@ def edges_of() -> Callable[[CrystalGraph], np.ndarray]:
             for nodes in (graph.edge_source, graph.edge_target)
         ]
         rows = np.column_stack([*ends, graph.distances]).repeat(graph.edge_multiplicities.astype(int), axis=0)
-        return rows[np.lexsort((rows[:, 4].round(4), *rows[:, :4].T))]
+        return rows[np.lexsort((rows[:, 4], *rows[:, :4].T))]
 
     return edges
 
@@ -93,6 +93,8 @@ def crystal_of_spacegroup(spacegroup: int, seed: int) -> Structure:
     sites = np.array([rng.choice(special, 3), mixed])
     if spacegroup < 195:
         sites = np.vstack([sites, rng.random(3)])
+    else:  # one parameter at most: positions of three have up to 192 atoms
+        sites[1] = rng.choice(special) + rng.choice([0, 1], 3) * rng.random()
     species = rng.choice(["Na", "Cl", "Fe", "O", "U"], len(sites), replace=False).tolist()
     crystal = Structure.from_spacegroup(spacegroup, lattice, species, sites)
     assume(len(crystal) <= 60 and (crystal.distance_matrix + 9 * np.eye(len(crystal))).min() > 0.3)
