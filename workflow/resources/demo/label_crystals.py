@@ -132,9 +132,8 @@ def candidates():
 
 
 def wants_elastic(proto):
-    """Strained cells lose most symmetry and cost most: only small cells whose sites cannot move."""
-    _, basis, _, _, inversion = PROTOTYPES[proto]
-    return inversion and sum(map(len, basis.values())) <= 2
+    """Strained cells lose most symmetry and cost most: only cells of one to three atoms, and half-Heuslers not even then."""
+    return proto != "half-Heusler" and sum(map(len, PROTOTYPES[proto][1].values())) <= 3
 
 
 def build(proto, sites, a):
@@ -257,6 +256,7 @@ def label_shape(cell, volume):
 
 
 def label(proto, sites, elastic=True):
+    """Row of a cubic compound; a lattice constant that the table lacks is found at a lower cutoff first."""
     lattice, _, ratio, bond, _ = PROTOTYPES[proto]
     det = abs(np.linalg.det(lattice))
     def cell(volume):
