@@ -50,7 +50,15 @@ def write_dataset(folder: Path, targets: list[str]) -> None:
     pq.write_table(pa.table(columns), folder / "materials.parquet")
     write_json(
         folder / "materials" / "manifest.json",
-        {"source": "demo", "n_read": N + 2, "n_kept": N, "rejected": [], "by_reason": {"duplicate id": 2}},
+        {
+            "source": "demo",
+            "files": [{"path": "somewhere/crystals.jsonl.zst", "sha256": "f" * 64, "bytes": 1}],
+            "licence": "CC0-1.0",
+            "citation": None,
+            "n_read": N + 2,
+            "n_kept": N,
+            "by_reason": {"duplicate id": 2},
+        },
     )
     funnel: dict = {"n_collected": N, "steps": [], "targets": {}, "rejected_by_reason": {"duplicate id": 2}}
     for target in targets:
@@ -82,10 +90,15 @@ def write_dataset(folder: Path, targets: list[str]) -> None:
             "has_text": [i != 3 for i in range(N)],
         }
     ).to_parquet(folder / "tokens" / "index.parquet")
-    write_json(folder / "graphs" / "manifest.json", {"settings": {"neighbours": 24}})
+    write_json(
+        folder / "graphs" / "manifest.json", {"settings": {"neighbours": 24}, "n_graphs": N, "n_failed": 0}
+    )
+    write_json(
+        folder / "descriptions.json", {"success_rate": 1 - 1 / N, "by_status": {"ok": N - 1, "timeout": 1}}
+    )
     write_json(
         folder / "tokens" / "manifest.json",
-        {"encoder": {"id": "minilm-id", "revision": "abc"}, "max_tokens": 512, "text_rate": 1 - 1 / N},
+        {"encoder": {"id": "minilm-id", "revision": "abc"}, "max_tokens": 512, "share_truncated": 0.4},
     )
 
 

@@ -85,7 +85,17 @@ def test_a_demo_says_so_in_every_section(page):
 
 
 def test_it_says_what_ran_where(page):
-    for text in ("Invented CPU", "abc123", "minilm", "63 / 9 / 18", "20 finished", "2.13.0", "0, 1"):
+    for text in (
+        "Invented CPU",
+        "abc123",
+        "minilm",
+        "63 / 9 / 18",
+        "20 finished",
+        "2.13.0",
+        "0, 1",
+        "CC0-1.0",
+        "1 timeout",
+    ):
         assert text in page, text
 
 
