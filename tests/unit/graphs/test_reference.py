@@ -49,7 +49,7 @@ def test_graphs_are_those_of_the_reference(name):
 def test_no_edge_is_added_again_where_the_reference_searches_in_a_larger_sphere():
     row = CRYSTALS[LONE]
     recorded = np.array(row["edges"], dtype=float)
-    # It searched in 10, 20 and 40 angstrom for the lone atom, which comes last: the others have each edge thrice.
+    # It searched in 10, 20 and 40 angstrom for the lone atom, the last one: the others have each edge thrice.
     again = recorded[:, 2] != Element("Xe").Z
     recorded[again, 5] /= 3
     found = edges_of(graph_of(row))
