@@ -68,7 +68,7 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "significant": significant, "code": code}
+    environment.filters |= {"number": number, "significant": significant, "fixed": fixed, "code": code}
     environment.globals |= {
         "figure": lambda name: embed(results / "figures" / name),
         "caption": caption,
@@ -93,6 +93,11 @@ def significant(value: Any, digits: int = 3) -> str:
         return number(value)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 6)}f}"
+
+
+def fixed(value: Any, decimals: int) -> str:
+    """A value with a fixed number of decimals; a dash for none."""
+    return "–" if value is None or pd.isna(value) else f"{value:,.{decimals}f}"
 
 
 def code(text: str) -> markupsafe.Markup:
