@@ -69,6 +69,7 @@ ATTENTION_FIGURES = {
 }
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))
+SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targets"]]
 SHARDS = range(config["text"]["shards"])
 
 

@@ -41,6 +41,8 @@ rule aggregate_runs:
     input:
         all_metrics,
         all_pretraining_metrics,
+        materials=ancient("results/{dataset}/materials.parquet"),
+        splits=SPLITS,
         funnel="results/{dataset}/funnel.json",
         graphs="results/{dataset}/graphs/manifest.json",
         tokens="results/{dataset}/tokens/manifest.json",

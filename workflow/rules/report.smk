@@ -15,9 +15,9 @@ localrules:
 rule plot_dataset:
     """Funnel, target histograms, token lengths."""
     input:
-        splits=expand(
-            "results/{{dataset}}/splits/{target}.json", target=config["targets"]
-        ),
+        splits=SPLITS,
+        graphs="results/{dataset}/graphs/manifest.json",
+        paper="workflow/resources/paper/table2.csv",
         materials=ancient("results/{dataset}/materials.parquet"),
         funnel="results/{dataset}/funnel.json",
         tokens="results/{dataset}/tokens/manifest.json",
@@ -48,6 +48,9 @@ rule plot_results:
     input:
         tables="results/{dataset}/tables/table1.csv",
         runs="results/{dataset}/tables/runs.csv",
+        splits=SPLITS,
+        graphs="results/{dataset}/graphs/manifest.json",
+        tokens="results/{dataset}/tokens/manifest.json",
         materials=ancient("results/{dataset}/materials.parquet"),
     output:
         figures=[
@@ -105,8 +108,13 @@ rule render_report:
     input:
         figures,
         expand("results/{{dataset}}/tables/{name}", name=TABLES),
+        materials=ancient("results/{dataset}/materials.parquet"),
+        manifest="results/{dataset}/materials/manifest.json",
         funnel="results/{dataset}/funnel.json",
         descriptions="results/{dataset}/descriptions.json",
+        graphs="results/{dataset}/graphs/manifest.json",
+        tokens="results/{dataset}/tokens/manifest.json",
+        splits=SPLITS,
         deviations="workflow/resources/deviations.yaml",
     output:
         "results/{dataset}/report.html",

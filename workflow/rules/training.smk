@@ -11,9 +11,7 @@ rule pretrain_model:
     input:
         unpack(objective_inputs),
         graphs="results/{dataset}/graphs/manifest.json",
-        splits=expand(
-            "results/{{dataset}}/splits/{target}.json", target=config["targets"]
-        ),
+        splits=SPLITS,
     output:
         expand(
             "results/{{dataset}}/pretrain/{{objective}}/{{seed}}/{file}",
