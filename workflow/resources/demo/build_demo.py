@@ -123,6 +123,8 @@ def build_crystals(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
             above = round(max(0.0, row["energy_per_atom"] - float(hull)), 6)
         bulk = round(row["bulk_modulus"], 4) if row["prototype"] in CUBIC else None
         shear = {name: row.get(f"shear_{name}") for name in ("voigt", "reuss", "vrh")}
+        if composition.is_element and not row["band_gap"]:
+            shear = dict.fromkeys(shear)  # these grids are too coarse: Al's is half of what it should be
         records.append(
             {
                 "material_id": identifier(row),
