@@ -123,7 +123,8 @@ def build_crystals(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
             above = round(max(0.0, row["energy_per_atom"] - float(hull)), 6)
         bulk = round(row["bulk_modulus"], 4) if row["prototype"] in CUBIC else None
         shear = {name: row.get(f"shear_{name}") for name in ("voigt", "reuss", "vrh")}
-        if composition.is_element and not row["band_gap"]:
+        gap = round(row["band_gap"], 4)
+        if composition.is_element and not gap:
             shear = dict.fromkeys(shear)  # these grids are too coarse: Al's is half of what it should be
         records.append(
             {
@@ -137,7 +138,7 @@ def build_crystals(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "formation_energy_per_atom": formation,
                 "energy_above_hull": above,
                 # graphite's bands touch at K, which the grid misses
-                "band_gap": None if row["prototype"] == "graphite" else round(row["band_gap"], 4),
+                "band_gap": None if row["prototype"] == "graphite" else gap,
                 **{f"k_{name}": bulk for name in shear},
                 **{f"g_{name}": None if value is None else round(value, 4) for name, value in shear.items()},
             }
