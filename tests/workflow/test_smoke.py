@@ -72,8 +72,8 @@ def test_touched_caches_rerun_nothing(finished: Path, snakemake):
 
 
 def test_a_models_settings_rerun_that_model_only(finished: Path, snakemake):
-    change = ("--config", 'architecture={"concat": {"dropout": 0.2}}')
-    output = snakemake(finished, *PRESET, "-n", *change).stdout
+    (finished / "change.yaml").write_text("architecture: {concat: {dropout: 0.2}}")
+    output = snakemake(finished, "-n", *PRESET, "change.yaml").stdout
     trained = set(re.findall(r"model=(\w+)", output))
     assert trained == {"crysmmnet_frozen", "crysmmnet_lora"}, output[-3000:]
     assert not {"build_graphs", "tokenize_text", "embed_text", "pretrain_model"} & set(jobs(output))

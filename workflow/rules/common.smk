@@ -4,13 +4,24 @@ Rules pass `settings`, the part of the configuration that they depend on, as JSO
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
-validate(config, "../schemas/config.schema.yaml")
+try:
+    validate(config, "../schemas/config.schema.yaml")
+except WorkflowError as error:  # a page, of which two lines matter
+    wrong = re.search(r"ValidationError: (.*)", str(error))
+    where = re.search(r"On instance(.*):", str(error))
+    if not (wrong and where):
+        raise
+    raise WorkflowError(
+        f"config{where[1]}: {wrong[1]}; workflow/schemas/config.schema.yaml lists what is allowed"
+    )
+
 sys.path.insert(
     0, str(workflow.current_basedir.join("../../src").get_path_or_uri(secret_free=True))
 )
