@@ -242,7 +242,7 @@ def band_gaps(calc):
 
 def label_shape(cell, volume):
     """Row of a crystal whose shape is fixed: equation of state from a volume close to the minimum; energy and gap there come
-    from the curves through its three points (against a fourth calculation: within 1 meV/atom and 0.01 eV)."""
+    from the curves through its three points (against a fourth calculation: within 1 meV/atom and 0.02 eV)."""
     v0, points, kpts = equilibrium(cell, volume, 1.05)
     relaxed = cell(v0)
     v, e, *gaps = np.transpose(points)
