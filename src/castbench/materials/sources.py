@@ -174,7 +174,8 @@ def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Ma
                     "duplicate id", f"another crystal or label is called {material.material_id}"
                 )
         except RecordError as error:
-            tally.reject(name, error)
+            identifier = None if isinstance(record, RecordError) else columns.get(record, "material_id")
+            tally.reject(f"{identifier} ({name})" if identifier else name, error)
             continue
         tally.keep(name, material)
         yield material

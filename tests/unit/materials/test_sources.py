@@ -36,8 +36,12 @@ def test_one_bad_record_of_every_kind(collect, salt, caplog):
     assert [entry["reason"] for entry in manifest["rejected"]] == list(bad)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(bad)
-    for number, (warning, name) in enumerate(zip(warnings, bad, strict=True), 2):
-        assert f"crystals.jsonl:{number}: {name}" in warning.getMessage()
+    for number, (warning, reason) in enumerate(zip(warnings, bad, strict=True), 2):
+        place = f"crystals.jsonl:{number}"
+        record = bad[reason]
+        if isinstance(record, dict):
+            place = f"{record['material_id']} ({place})"
+        assert warning.getMessage().startswith(f"{place}: {reason}")
         assert "\n" not in warning.getMessage()
 
 
