@@ -253,7 +253,10 @@ def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict
 
 def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:
     """Headers of the columns of `PRETRAINING` that hold anything, and the rows below them."""
-    frame = pd.read_csv(file).dropna(axis="columns", how="all")
+    frame = pd.read_csv(file)
+    if frame.empty:
+        return [], []
+    frame = frame.dropna(axis="columns", how="all")
     frame["objective"] = frame["objective"].map(OBJECTIVES).fillna(frame["objective"])
     columns = [name for name in PRETRAINING if name in frame.columns]
     return [PRETRAINING[name] for name in columns], frame[columns].astype(object).to_numpy().tolist()
