@@ -19,6 +19,8 @@ rule pretrain_model:
         ),
     log:
         "results/{dataset}/logs/pretrain_model/{objective}.{seed}.log",
+    # First what others wait for.
+    priority: 1
     retries: 1
     conda:
         "../../envs/train.yaml"
