@@ -50,7 +50,7 @@ rule graphs:
 
 rule training:
     input:
-        all_metrics({"dataset": config["dataset"]}),
+        all_metrics,
 
 
 rule evaluation:

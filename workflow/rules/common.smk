@@ -156,10 +156,9 @@ def pretrained_option(wildcards):
 
 def all_metrics(wildcards):
     """The record of every run."""
-    dataset = wildcards["dataset"] if isinstance(wildcards, dict) else wildcards.dataset
     return expand(
         "results/{dataset}/runs/{target}/{model}/{seed}/metrics.json",
-        dataset=dataset,
+        dataset=config["dataset"],
         target=config["targets"],
         model=config["models"],
         seed=config["training"]["seeds"],

@@ -72,7 +72,7 @@ rule tokenize_text:
     conda:
         "../../envs/train.yaml"
     params:
-        settings=settings("max_tokens", "text_encoder"),
+        settings=settings("max_tokens"),
         encoder=lambda wildcards, input: str(Path(input.encoder).parent),
     shell:
         "python -m castbench tokenize_text --settings {params.settings:q} --descriptions {input.descriptions}"
