@@ -52,9 +52,8 @@ def describe(structure: dict[str, list]) -> str:
         structure["species"],
         np.reshape(structure["frac_coords"], (-1, 3)),
     )
-    if not any(getattr(element, "oxi_state", None) is not None for element in crystal.composition.elements):
-        with suppress(ValueError):  # no charge-balanced guess: described without, as its command line does
-            crystal.add_oxidation_state_by_guess(max_sites=-80)
+    with suppress(ValueError):  # no charge-balanced guess: described without, as its command line does
+        crystal.add_oxidation_state_by_guess(max_sites=-80)
     condenser, describer = _load()
     return describer.describe(_plain_integers(condenser.condense_structure(crystal)))
 

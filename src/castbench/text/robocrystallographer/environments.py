@@ -179,9 +179,7 @@ def _faces(structure: Structure, site: int) -> tuple[np.ndarray, ...]:
     return indices[chosen], images[chosen].astype(int), points[others] - centre, angles, 3 * volumes / heights
 
 
-def _pyramids(
-    top: np.ndarray, vertices: np.ndarray, faces: list[list[int]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _pyramids(top: np.ndarray, vertices: np.ndarray, faces: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Solid angles (sr) and volumes (angstrom^3) of the pyramids from a point over the faces.
 
     A face is cut into triangles (0, 1, 2), (0, 2, 3), ...; all of them are done at once but for the products.

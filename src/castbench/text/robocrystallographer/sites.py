@@ -32,7 +32,8 @@ class FastStructureGraph(StructureGraph):
     def _connect(self, n: int, jimage: Image) -> list[ConnectedSite]:
         edges = [(v, data["to_jimage"], data) for _, v, data in self.graph.out_edges(n, data=True)]
         edges += [
-            (u, tuple(-i for i in data["to_jimage"]), data) for u, _, data in self.graph.in_edges(n, data=True)
+            (u, tuple(-i for i in data["to_jimage"]), data)
+            for u, _, data in self.graph.in_edges(n, data=True)
         ]
         found: dict[tuple[int, Image], ConnectedSite] = {}
         lattice, start = self.structure.lattice, self.structure[n].frac_coords
