@@ -21,9 +21,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-from real_crystals import sample  # noqa: E402
-
 from castbench.text import robocrystallographer  # noqa: E402
+from real_crystals import sample  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 SIZES = (1, 5, 10, 20, 50, 1000)  # sites; bounds of the rows of the table

@@ -1,8 +1,8 @@
 """CrystalNN's view of every site of a structure, computed once.
 
-The neighbours of a site, their weights, and the likelihood of each coordination number, as pymatgen's CrystalNN
-(Pan et al., Inorg. Chem. 60, 1590, 2021) finds them at its default settings. Robocrystallographer asks for them
-three times a site (bonds, mineral, geometry), each time with one Python object for each atom in reach.
+The neighbours of a site, their weights, and the likelihood of each coordination number, as pymatgen's
+CrystalNN (Pan et al., Inorg. Chem. 60, 1590, 2021) finds them at its default settings. Robocrystallographer
+asks for them three times a site (bonds, mineral, geometry), each time with an object for each atom in reach.
 
 Which of two symmetric neighbours comes first is decided by the last bit of their weights, and some order
 parameters depend on it. So every number here is made by the same operations in the same order as in pymatgen:
@@ -142,7 +142,7 @@ def _coordination(weights: list[float]) -> dict[int, float]:
 
 
 def _faces(structure: Structure, site: int) -> tuple[np.ndarray, ...]:
-    """Faces of a site's Voronoi cell: neighbour, its image and vector, solid angle (sr), area (angstrom^2)."""
+    """Faces of a Voronoi cell: neighbour, its image and vector, solid angle (sr), area (angstrom^2)."""
     lattice = structure.lattice
     centre = structure[site].coords
     corners = lattice.get_cartesian_coords([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]])

@@ -3,8 +3,8 @@
 The order parameters by which robocrystallographer names a site's geometry (Zimmermann and Jain, RSC Adv. 10,
 6063, 2020): for each coordination number that CrystalNN thinks likely, how much the neighbours look like a
 tetrahedron, an octahedron, ... They equal `matminer`'s CrystalNNFingerprint("ops"), which asks pymatgen's
-LocalStructOrderParams for one motif of one site at a time, in loops over triples of neighbours. Here the angles
-between the neighbours are computed once for all motifs and all sites of a coordination number.
+LocalStructOrderParams for one motif of one site at a time, in loops over triples of neighbours. Here the
+angles between the neighbours are computed once for all motifs and all sites of a coordination number.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ BLOCK = 256  # environments at once: the angles of 12 neighbours take 14 kB each
 class Angles:
     """Angles around B sites with n neighbours each.
 
-    Neighbour j is put to the north pole, k fixes the prime meridian, m is any third one (Peters, J. Chem. Phys.
-    131, 244103, 2009).
+    Neighbour j is put to the north pole, k fixes the prime meridian, m is any third one (Peters, J. Chem.
+    Phys. 131, 244103, 2009).
 
     Attributes:
         cosine: (B, n, n) cosine between j and k.
@@ -33,7 +33,7 @@ class Angles:
         pairs: (n, n) j differs from k.
         triples: (B, n, n, n) j, k and m differ and k has a meridian.
         azimuths: the same, and m has one too.
-        on_edge: (B,) some angle is so close to a limit at which a motif's formula jumps that rounding decides.
+        on_edge: (B,) an angle is so close to a limit where a motif's formula jumps that rounding decides.
     """
 
     def __init__(self, vectors: np.ndarray):

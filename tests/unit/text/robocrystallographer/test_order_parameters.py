@@ -78,5 +78,5 @@ def test_where_rounding_would_decide_is_said():
 
 
 def test_labels_are_the_stock_featurizers():
-    assert LABELS == stock_featurizer().feature_labels()
+    assert stock_featurizer().feature_labels() == LABELS
     assert len(LABELS) == len(WEIGHT_COLUMN) + len(CASES)

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_crystals import DESCRIBED, sample
 
 from castbench.errors import InputError
 from castbench.text import robocrystallographer
 from castbench.text.descriptions import Worker, describe_shard
+from real_crystals import DESCRIBED, sample
 
 REFERENCE = Path(__file__).parents[3] / "reference"
 
