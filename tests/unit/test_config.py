@@ -119,6 +119,9 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"architecture": {"cogn": {"width": 64}}}, "cogn.width"),
         ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
         ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
+        ({"materials": {"snapshot": "a.jsonl.zst"}}, "materials.snapshot"),
+        ({"materials": {"source": "local", "database_version": "2025.09.25"}}, "materials.database_version"),
+        ({"materials": {"source": "materials_project", "columns": {"text": "t"}}}, "materials.columns"),
     ],
 )
 def test_contradictions_are_named(config: dict, change: dict, named: str):
@@ -172,3 +175,15 @@ def test_environments_agree_with_the_lock_file(root: Path):
     for file in (root / "envs").glob("*.yaml"):
         packages = yaml.safe_load(file.read_text())["dependencies"][-1]["pip"]
         assert pins(packages).items() <= lock.items(), file.name
+
+
+def test_the_source_depends_on_its_own_keys(config: dict):
+    """A change of the text reruns a download that brings it, and no other source."""
+    provided = {"text": {"source": "provided"}}
+    assert meaning.source_settings(merged(config, provided)) == meaning.source_settings(config)
+    assert meaning.source_files(config) == [config["materials"]["path"]]
+    config = merged(config, {"materials": {"source": "materials_project"}})
+    assert not meaning.source_settings(config)["descriptions"]
+    assert meaning.source_settings(merged(config, provided))["descriptions"]
+    assert meaning.source_files(config) == []
+    assert meaning.source_files(merged(config, {"materials": {"snapshot": "a.zst"}})) == ["a.zst"]
