@@ -1,5 +1,5 @@
 """The paper's whole preset to its report: the Materials Project's client against a local server, and random
-weights in MatSciBERT's exact shape. It takes half an hour of a core, so it runs only with: pytest -m paper_run
+weights in MatSciBERT's exact shape. It takes half an hour of a core, so only with: pytest -m paper_run
 """
 
 import csv
@@ -34,7 +34,7 @@ def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 
 def choose_crystals(root: Path) -> list[str]:
-    """Bundled crystals, one a line: some that the paper keeps for all targets, some too far above the hull."""
+    """Bundled crystals, by line: some that the paper keeps for every target, others too far off the hull."""
     kept, dropped = [], []
     packed = (root / "workflow/resources/demo/crystals.jsonl.zst").open("rb")
     for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(packed)):
