@@ -17,6 +17,7 @@ import json
 import re
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,7 +46,8 @@ class Fault:
     """What goes wrong with the next `times` requests to `path` (for `page` only, if given).
 
     kind: a status ("429", "500", "422"), "slow" (`seconds` before the answer), "cut" (the connection ends in
-    the middle of the body), "broken" (a page that is not JSON), "short" (the last document is missing).
+    the middle of the body), "broken" (a page that is not JSON), "short" (the last document is missing),
+    "update" (the database is `text` from now on).
     """
 
     kind: str
@@ -167,6 +169,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(path, query, int(fault.kind), fault.text, fault.headers)
         if fault and fault.kind == "slow":
             time.sleep(fault.seconds)
+        if fault and fault.kind == "update":
+            self.server.database_version = fault.text
         if fault and fault.kind == "broken":
             return self.answer(path, query, 200, "<html>Bad gateway</html>")
         status, content = self.find(path, query)
@@ -202,9 +206,9 @@ class Handler(BaseHTTPRequestHandler):
         found = server.find(path, query)
         if order := query.get("_sort_fields"):
             found = sorted(found, key=lambda document: document[order.lstrip("-")], reverse=order[0] == "-")
-        elif found:
-            turn = len(server.log) % len(found)
-            found = found[turn:] + found[:turn]
+        else:
+            turn = str(len(server.log))
+            found = sorted(found, key=lambda document: zlib.crc32((turn + document["material_id"]).encode()))
         fields = query["_fields"].split(",") if "_fields" in query else DEFAULT_FIELDS[path]
         if query.get("_all_fields", "").lower() == "true":
             fields = sorted(set().union(*found))
@@ -246,10 +250,12 @@ def project(document: Document, fields: list[str]) -> Document:
         source, target = document, result
         *parents, name = path.split(".")
         for parent in parents:
-            source = source.get(parent) or {}
-            target = target.setdefault(parent, {})
-        if name in source:
-            target[name] = source[name]
+            if parent not in source:
+                break
+            source, target = source[parent] or {}, target.setdefault(parent, {})
+        else:
+            if name in source:
+                target[name] = source[name]
     return result
 
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from castbench.errors import InputError
 from castbench.materials.readers import Record, Source
-from castbench.materials.snapshot import read_documents, read_header, read_lines, write_snapshot
+from castbench.materials.snapshot import read_documents, read_header, write_snapshot
 from castbench.materials.structures import RecordError
 from castbench.provenance import sha256_file
 
@@ -238,8 +238,14 @@ def open_summary() -> Any:
     """The client's summary endpoint, which asks the service for its database version."""
     from mp_api.client.routes.materials.summary import SummaryRester
 
-    SummaryRester._get_heartbeat_info.cache_clear()  # the client asks once a process, and keeps "none" too
-    summary = SummaryRester(use_document_model=False, mute_progress_bars=True, timeout=TIMEOUT)
+    class Summary(SummaryRester):
+        # Without this the client makes its JSON schema once a field and request, a second a page.
+        @cached_property
+        def available_fields(self) -> list[str]:
+            return super().available_fields
+
+    Summary._get_heartbeat_info.cache_clear()  # the client asks once a process, and keeps "none" too
+    summary = Summary(use_document_model=False, mute_progress_bars=True, timeout=TIMEOUT)
     if not summary.db_version:
         raise ValueError("it tells no database version")
     return summary
@@ -344,8 +350,6 @@ def is_page(file: Path, header: dict[str, Any]) -> bool:
         return False
     try:
         found = read_header(file)
-        for _ in read_lines(file):
-            pass
     except InputError as error:
         log.warning("%s; it is asked for again", error)
         return False

@@ -43,20 +43,20 @@ def write_snapshot(path: Path, header: dict[str, Any], documents: Iterable[dict[
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read what a snapshot says about itself.
+    """Read what a snapshot says about itself, once all of it was found whole.
 
     Raises:
-        InputError: there is no such file, or it is no snapshot.
+        InputError: there is no such file, or it is no snapshot, truncated or damaged.
     """
-    return json.loads(next(read_lines(path)))
+    lines = read_lines(path)
+    header = next(lines)
+    for _ in lines:
+        pass
+    return json.loads(header)
 
 
 def read_documents(path: Path) -> Iterator[dict[str, Any]]:
-    """Iterate over the documents of a snapshot; that it was whole is known at the end.
-
-    Raises:
-        InputError: it is truncated or damaged.
-    """
+    """Iterate over the documents of a snapshot whose header was read."""
     lines = read_lines(path)
     next(lines)
     for line in lines:
@@ -69,12 +69,10 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: there is no such snapshot; correct materials.snapshot")
     digest, count, line = hashlib.sha256(), -1, b""
     try:
-        # One frame, so that its end is the end; a truncated one ends early, and silently.
+        # A truncated file ends early, and silently: the footer is what tells.
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
             for line in io.BufferedReader(reader):  # type: ignore[arg-type]
-                if count < 0 and not is_header(line):
-                    break
-                if line.startswith(b'{"footer":'):
+                if line.startswith(b'{"footer":') or (count < 0 and not is_header(line)):
                     break
                 digest.update(line)
                 count += 1

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from castbench.errors import InputError
 from castbench.provenance import sha256_file, sha256_json, write_json
@@ -22,6 +22,7 @@ from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
+set_verbosity_error()  # nor a table of the head that an encoder lacks; what matters of it is checked below
 
 WEIGHTS = "model.safetensors"
 # Built as BERT is, layer for layer; others (MPNet, DeBERTa) hand position biases to their layers.

@@ -16,6 +16,7 @@ from castbench.text.encoders import (
     load_tokenizer,
     prefetch_encoder,
 )
+from make_random_bert import SPECIAL, invented_vocabulary
 
 
 @pytest.fixture
@@ -150,6 +151,14 @@ def test_a_carrier_with_other_weights_is_refused(
     with pytest.raises(InputError, match=r"SHA-256 .* not the published 53aa51172d14"):
         prefetch_encoder("minilm", tmp_path / "minilm")
     assert not (tmp_path / "minilm").exists()
+
+
+def test_the_stand_in_for_matscibert_has_its_vocabulary(shared_data: Path) -> None:
+    published = (shared_data / "scivocab_uncased.txt").read_text().splitlines()
+    invented = invented_vocabulary()
+    assert len(invented) == len(set(invented)) == len(published) == 31_090
+    for token, place in SPECIAL.items():
+        assert invented[place] == published[place] == token
 
 
 def test_minilm_itself(root: Path) -> None:
