@@ -60,6 +60,7 @@ def test_every_key_is_described_and_listed_in_the_default_config(schema: dict, c
         ({"epochs": 3}, "epochs"),
         ({"training": {"lr": 1}}, "lr"),
         ({"materials": {"source": "icsd"}}, "icsd"),
+        ({"materials": {"filters": {"ordered_moduli": "loose"}}}, "loose"),
         ({"targets": []}, "[]"),
         ({"training": {"seeds": [0, 0]}}, "[0, 0]"),
     ],
