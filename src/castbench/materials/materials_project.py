@@ -302,8 +302,8 @@ def persist(ask: Callable[[], Answer], what: str, attempts: int | None = None) -
 
 
 def one_line(text: str) -> str:
-    """The start of a message, on one line."""
-    return " ".join(text.split())[:200]
+    """The start of a message, on one line; of the network's nested ones the innermost, which says why."""
+    return " ".join(text.rpartition("Caused by ")[2].split())[:200]
 
 
 def fetch_page(summary: Any, number: int, expected: int) -> list[Document]:
