@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -269,14 +270,14 @@ def canonical(identifier: str) -> str:
         return identifier
 
 
-def read_crystals(path: Path) -> tuple[list[Document], dict[str, str]]:
+def read_crystals(path: Path, first: int | None = None) -> tuple[list[Document], dict[str, str]]:
     """Documents of the summary, and descriptions by id, from a file of records as castbench reads them."""
     from castbench.materials.readers import read_records
     from castbench.materials.records import Columns
     from castbench.materials.structures import RecordError
 
     columns, documents, descriptions = Columns({}), [], {}
-    for number, (name, record) in enumerate(read_records(path)):
+    for number, (name, record) in enumerate(islice(read_records(path), first)):
         if isinstance(record, RecordError):
             raise record
         material = columns.read(record, name, "server")
@@ -347,11 +348,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="serve this many crystals only")
     parser.add_argument("--log", type=Path, help="append every request to this file, one JSON array a line")
     arguments = parser.parse_args()
-    documents, descriptions = read_crystals(arguments.crystals)
+    documents, descriptions = read_crystals(arguments.crystals, arguments.first)
     if arguments.unicode:
         descriptions = {name: to_unicode(text) for name, text in descriptions.items()}
     server = MaterialsProject(
-        documents[: arguments.first], descriptions, arguments.key, arguments.database_version, arguments.port
+        documents, descriptions, arguments.key, arguments.database_version, arguments.port
     )
     server.log_file = arguments.log
     print(server.url, flush=True)

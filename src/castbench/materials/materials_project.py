@@ -31,7 +31,7 @@ Document = dict[str, Any]
 # Deprecated materials are not for use, and GNoME's are not under CC BY.
 QUERY = {"deprecated": False, "include_gnome": False}
 COUNT = {"deprecated": False, "batch_id_not_eq": "gnome_r2scan_statics"}  # the same, as the service reads it
-ORDER = "material_id"  # without an order, pages may overlap
+ORDER = "material_id"  # without an order, pages may overlap, which shows as repeated records
 NUMBERS = ("energy_per_atom", "formation_energy_per_atom", "energy_above_hull", "band_gap")  # eV/atom, eV
 MODULI = {"k": "bulk_modulus", "g": "shear_modulus"}  # mappings of voigt, reuss and vrh, GPa
 LICENCE_FIELD = "builder_meta.license"
@@ -179,10 +179,13 @@ def download(settings: Mapping[str, Any], snapshot: Path, pages: Path) -> None:
         "client": f"mp-api {version('mp-api')}",
         "endpoint": summary.base_endpoint,
     }
-    files = {number: pages / f"{number:05}.jsonl.zst" for number in range(1, -(-total // PAGE) + 1)}
-    missing = {n: file for n, file in files.items() if not is_page(file, header | {"page": n})}
-    log.info("database version %s: %d documents in %d pages", served, total, len(files))
-    log.info("%d pages are there already, %d to download", len(files) - len(missing), len(missing))
+    count = -(-total // PAGE)
+    files = {number: pages / f"{number:05}.jsonl.zst" for number in range(1, count + 1)}
+    missing = {
+        n: file for n, file in files.items() if not is_page(file, header | {"page": f"{n} of {count}"})
+    }
+    log.info("database version %s: %d documents in %d pages", served, total, count)
+    log.info("%d pages are there already, %d to download", count - len(missing), len(missing))
     for number, file in missing.items():
         expected = min(PAGE, total - (number - 1) * PAGE)
         documents = fetch_page(summary, number, expected)
@@ -191,8 +194,9 @@ def download(settings: Mapping[str, Any], snapshot: Path, pages: Path) -> None:
             check_fields(seen, [field for field in FIELDS if field not in MODULI.values()])
         if settings.get("descriptions"):
             add_descriptions(robocrys, documents)
-        write_snapshot(file, header | {"page": number, "downloaded": now()}, documents)
-        log.info("page %d of %d", number, len(files))
+        page = f"{number} of {count}"
+        write_snapshot(file, header | {"page": page, "downloaded": now()}, documents)
+        log.info("page %s", page)
     if (ended := persist(open_summary, "heartbeat").db_version) != served:
         raise InputError(
             f"the Materials Project went from database version {served} to {ended} during the download; "
@@ -298,8 +302,8 @@ def persist(ask: Callable[[], Answer], what: str, attempts: int | None = None) -
 
 
 def one_line(text: str) -> str:
-    """The start of a message, on one line."""
-    return " ".join(text.split())[:200]
+    """The start of a message, on one line; of the network's nested ones the innermost, which says why."""
+    return " ".join(text.rpartition("Caused by ")[2].split())[:200]
 
 
 def fetch_page(summary: Any, number: int, expected: int) -> list[Document]:
