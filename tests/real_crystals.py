@@ -15,7 +15,7 @@ DESCRIBED = {"elastic4": 80, "mp36k": 90, "phonons_text": 30}
 
 
 def sample(folder: Path, counts: dict[str, int]) -> list[dict[str, Any]]:
-    """About that many crystals of each file: file, material_id, nsites, and `structure` as materials.parquet."""
+    """About that many crystals of each file: file, material_id, nsites, structure (as materials.parquet)."""
     found = []
     for name, count in counts.items():
         with zstandard.open(folder / f"{name}.jsonl.zst", "rt", encoding="utf-8") as lines:

@@ -3,8 +3,8 @@
     PYTHONHASHSEED=0 python tests/benchmarks/text.py [--crystals 60] [--memory 1000]
 
 Evenly spread real crystals of ../shared/data (three files, 1 to 138 sites), CPU seconds of a process that has
-imported everything, and whether the texts are the same. `--memory N` also describes N crystals in one worker and
-prints its memory on the way.
+imported everything, and whether the texts are the same. `--memory N` also describes N crystals in one process
+and prints its memory on the way.
 """
 
 import argparse
@@ -81,9 +81,8 @@ def main() -> None:
             print(f"{low:>4}-{high - 1:<4} {len(chosen):>4} {mine:>20.3f} {theirs:>16.2f} {ratio:>14.1f}")
     mine, theirs = np.median(seconds, axis=0)
     same = sum(a[0] == b[0] for a, b in zip(described, reference, strict=True))
-    print(
-        f"{'all':>9} {len(seconds):>4} {mine:>20.3f} {theirs:>16.2f}; the same text {same} of {len(seconds)}"
-    )
+    print(f"{'all':>9} {len(seconds):>4} {mine:>20.3f} {theirs:>16.2f}")
+    print(f"the same text: {same} of {len(seconds)}")
     if arguments.memory:
         for number, crystal in zip(range(arguments.memory + 1), itertools.cycle(crystals), strict=False):
             robocrystallographer.describe(crystal["structure"])

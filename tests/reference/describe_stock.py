@@ -1,11 +1,11 @@
 """Descriptions by the unpatched robocrystallographer: python describe_stock.py < crystals.jsonl > texts.jsonl
 
-A line of input has `structure` (lattice, species, frac_coords, as in materials.parquet), a line of output also
-text, or error, and the CPU seconds that it took. Settings are those of its command line: oxidation states are
-guessed. Numpy 2's way to write an integer in an orientation, np.int64(0), is replaced by the number.
+A line of input has `structure` (lattice, species, frac_coords, as in materials.parquet), a line of output
+also text, or error, and the CPU seconds that it took. Settings are those of its command line: oxidation
+states are guessed. Numpy 2's way to write an integer in an orientation, np.int64(0), becomes the number.
 
-`--record FOLDER` prints what tests/reference/stock_texts.jsonl holds: the SHA-256 of each text of a sample of the
-real crystals in FOLDER. It takes about half an hour.
+`--record FOLDER` prints what tests/reference/stock_texts.jsonl holds: the SHA-256 of each text of a sample of
+the real crystals in FOLDER. It takes about half an hour.
 """
 
 import hashlib

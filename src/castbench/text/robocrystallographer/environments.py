@@ -149,9 +149,8 @@ def _faces(structure: Structure, site: int) -> tuple[np.ndarray, ...]:
     limit = np.linalg.norm(corners, axis=1).max() + 0.01
     cutoff = CUTOFF
     while True:
-        frac, distances, indices, images = lattice.get_points_in_sphere(
-            structure.frac_coords, centre, cutoff, zip_results=False
-        )
+        found: Any = lattice.get_points_in_sphere(structure.frac_coords, centre, cutoff, zip_results=False)
+        frac, distances, indices, images = found
         order = np.argsort(distances, kind="stable")
         points = np.array([lattice.get_cartesian_coords(row) for row in frac[order]])
         try:

@@ -38,7 +38,8 @@ class FastStructureGraph(StructureGraph):
         found: dict[tuple[int, Image], ConnectedSite] = {}
         lattice, start = self.structure.lattice, self.structure[n].frac_coords
         for index, relative, data in edges:
-            image = tuple(map(sum, zip(relative, jimage, strict=True)))
+            x, y, z = map(sum, zip(relative, jimage, strict=True))
+            image = (x, y, z)
             if (index, image) not in found:
                 site = self.structure[index]
                 moved = PeriodicSite(

@@ -1,4 +1,4 @@
-"""Neighbours, weights and fingerprints equal those of pymatgen's CrystalNN, to the bit where order depends on it."""
+"""Neighbours, weights and fingerprints equal those of pymatgen's CrystalNN, neighbours to the bit."""
 
 import numpy as np
 import pytest
