@@ -1,0 +1,76 @@
+"""Train, validation and test of formulas, and what a split by rows would leak."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from castbench.compositions.targets import class_values
+from castbench.errors import InputError
+from castbench.labels import CLASS_TARGETS
+from castbench.materials.splits import PARTS, assign, checksum
+from castbench.provenance import write_json
+
+log = logging.getLogger(__name__)
+FEWEST = 10  # formulas
+
+
+def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions: Path, output: Path) -> None:
+    """Assign every formula to train, validation or test, stratified by stability.
+
+    Args:
+        settings: `seed`, `fractions` (three, summing to 1), `classification` with the threshold of `stability` (eV/atom).
+        polymorphs: table of collect_compositions, for the leakage of a split by rows.
+        compositions: table of aggregate_compositions.
+        output: JSON file to write: formulas of each part, sorted, with a checksum.
+
+    Raises:
+        InputError: too few formulas, or all of one class.
+    """
+    table = pq.read_table(compositions)
+    formulas = table["formula"].to_pylist()
+    threshold, seed = settings["classification"]["stability"], settings["seed"]
+    stable = class_values(table, "stability", threshold)
+    target = CLASS_TARGETS["stability"]
+    if len(formulas) < FEWEST:
+        raise InputError(f"{compositions}: {len(formulas)} ABX3 formulas, and {FEWEST} are the fewest to split")
+    if len(set(stable.tolist())) < 2:
+        only = target.positive if stable[0] else target.negative
+        raise InputError(
+            f"{compositions}: all {len(formulas)} formulas are {only} (energy above hull at or below "
+            f"{threshold:g} eV/atom is stable); change compositions.classification.stability or add the others"
+        )
+    counts = np.stack([stable == 0, stable == 1], axis=1).astype(int)
+    parts = assign(counts, settings["fractions"], seed)
+    lists = {
+        name: [formula for formula, part in zip(formulas, parts, strict=True) if PARTS[part] == name]
+        for name in PARTS
+    }
+    if empty := [name for name in PARTS if not lists[name]]:
+        raise InputError(f"{compositions}: {len(formulas)} formulas leave {empty[0]} empty; change the fractions")
+    header = {"seed": seed, "fractions": settings["fractions"], "stability_threshold": threshold}
+    by_class = {
+        name: {target.positive: int(stable[chosen].sum()), target.negative: int((1 - stable[chosen]).sum())}
+        for name in PARTS
+        for chosen in [np.isin(formulas, lists[name])]
+    }
+    header |= {"classes": by_class, "by_rows": leakage(polymorphs, settings["fractions"], seed)}
+    write_json(output, header | lists | {"reason": None, "checksum": checksum(lists)})
+    log.info("formulas: %s", ", ".join(f"{name} {len(lists[name])}" for name in PARTS))
+
+
+def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, Any]:
+    """What a random split of rows, as in the report, would share between training and test.
+
+    Returns:
+        Rows of the test part, and how many of them have a formula that is also in training.
+    """
+    formulas = np.array(pq.read_table(polymorphs, columns=["formula"])["formula"].to_pylist())
+    order = np.random.default_rng(seed).permutation(len(formulas))
+    train = set(formulas[order[: round(fractions[0] * len(order))]].tolist())
+    test = formulas[order[len(order) - round(fractions[2] * len(order)) :]].tolist()
+    return {"n_rows": len(formulas), "n_test": len(test), "n_leaked": sum(formula in train for formula in test)}
