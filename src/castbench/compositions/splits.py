@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from castbench.compositions.targets import class_values
 from castbench.errors import InputError
 from castbench.labels import CLASS_TARGETS
-from castbench.materials.splits import PARTS, assign, checksum
+from castbench.materials.splits import PARTS, assign, checksum, load_split
 from castbench.provenance import write_json
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,45 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
     header |= {"classes": by_class, "by_rows": leakage(polymorphs, settings["fractions"], seed)}
     write_json(output, header | lists | {"reason": None, "checksum": checksum(lists)})
     log.info("formulas: %s", ", ".join(f"{name} {len(lists[name])}" for name in PARTS))
+
+
+def split_structures(
+    settings: dict[str, Any], materials: Path, compositions: Path, split: Path, output: Path
+) -> None:
+    """Give crystals the split of their formulas, so that models of structures see the same train and test.
+
+    Of a formula only the polymorph that compositions.parquet has takes part.
+
+    Args:
+        settings: `targets`, `seed`, `fractions`.
+        materials: table of filter_materials.
+        compositions: table of aggregate_compositions.
+        split: of split_compositions.
+        output: folder; `{target}.json` is written for each target.
+    """
+    chosen = pq.read_table(compositions, columns=["formula", "material_id"])
+    lists = load_split(split)
+    part_of = {formula: part for part in PARTS for formula in lists[part]}
+    part_of_id = {
+        identifier: part_of[formula]
+        for formula, identifier in zip(*(chosen[name].to_pylist() for name in chosen.column_names), strict=True)
+        if formula in part_of
+    }
+    table = pq.read_table(materials, columns=["material_id", "targets"])
+    members = list(zip(table["material_id"].to_pylist(), table["targets"].to_pylist(), strict=True))
+    for target in settings["targets"]:
+        ids: dict[str, list[str]] = {part: [] for part in PARTS}
+        for identifier, targets in members:
+            if identifier in part_of_id and target in targets:
+                ids[part_of_id[identifier]].append(identifier)
+        empty = [part for part in PARTS if not ids[part]]
+        reason = f"no crystal of a formula in {empty[0]}" if empty else None
+        if reason:
+            log.warning("%s: %s; skipped", target, reason)
+        own = {part: [] if reason else sorted(ids[part]) for part in PARTS}
+        header = {"target": target, "seed": settings["seed"], "fractions": settings["fractions"]}
+        header |= {"group_by": "composition", "status": "too_few" if reason else "ok", "reason": reason}
+        write_json(output / f"{target}.json", header | own | {"checksum": checksum(own)})
 
 
 def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, Any]:
