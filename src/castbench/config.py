@@ -79,7 +79,7 @@ def check_compositions(section: Config) -> None:
         raise InputError("compositions.models: edm_transformer is missing, with which the screening predicts")
     if "band_gap" not in section["regression"] or "stability" not in section["classification"]:
         raise InputError(
-            "compositions: the screening needs band_gap in regression and stability in classification; add them"
+            "compositions: the screening needs band_gap (regression) and stability (classification)"
         )
     for name in ("edm_transformer", "crabnet"):
         sizes = section[name]

@@ -95,7 +95,7 @@ COMPOSITION_FIGURES = {
     "composition_epochs": "Metrics over epochs (Figure 6)",
     "composition_attention": "Attention of every head (Figure 7)",
     "reliability": "Reliability of the stability probability",
-    "enrichment": "Hidden stable compounds found by the screening",
+    "hidden_compounds": "Hidden stable compounds found by the screening",
 }
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))

@@ -94,7 +94,9 @@ rule split_structures:
     conda:
         "../../envs/data.yaml"
     params:
-        settings=settings("targets", "materials.split.seed", "materials.split.fractions"),
+        settings=settings(
+            "targets", "materials.split.seed", "materials.split.fractions"
+        ),
     shell:
         "python -m castbench split_structures --settings {params.settings:q} --materials {input.materials}"
         " --compositions {input.compositions} --split {input.split}"
@@ -302,7 +304,9 @@ rule plot_compositions:
             )
             for name, title in COMPOSITION_FIGURES.items()
         ],
-        pixels=expand("results/{{dataset}}/figures/{name}.png", name=COMPOSITION_FIGURES),
+        pixels=expand(
+            "results/{{dataset}}/figures/{name}.png", name=COMPOSITION_FIGURES
+        ),
     log:
         "results/{dataset}/logs/plot_compositions.log",
     conda:

@@ -1,4 +1,4 @@
-"""Collecting compositions: the ABX3 compounds of a source, polymorph by polymorph, then formula by formula."""
+"""Collecting compositions: the ABX3 compounds of a source by polymorph, then by formula."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def read_rows(source: Source, columns: Columns, tally: Tally, max_elements: int)
             check_slots(composition, max_elements)
             labels = {label: read_label(columns.get(record, label), label) for label in READ}
             if labels["energy_above_hull"] is None:
-                raise RecordError("no energy above hull", f"{composition.reduced_formula}: neither stable nor not")
+                raise RecordError(
+                    "no energy above hull", f"{composition.reduced_formula}: neither stable nor not"
+                )
             identifier = identifier or name.replace(":", "-")
             if identifier in seen:
                 raise RecordError("duplicate id", f"another record is called {identifier}")

@@ -99,17 +99,18 @@ def element_properties() -> tuple[np.ndarray, np.ndarray]:
 def element_table() -> np.ndarray:
     """Features (119, 210) float32 by atomic number: mat2vec, then the properties; row 0 (padding) is 0.
 
-    Numbers are standardised over the elements, flags are 0 or 1. An element without an embedding is NaN,
-    so that it can never pass for one.
+    Every number is standardised over the elements that have it (mat2vec's raw components are so small that
+    the fractions drown them), flags are 0 or 1. An element without an embedding is NaN, so that it can never
+    pass for one.
     """
-    properties = element_properties()[0].copy()
-    numeric = properties[:, :NUMERIC]
-    properties[:, :NUMERIC] = (numeric - numeric.mean(axis=0)) / numeric.std(axis=0)
-    table = np.zeros((N_ELEMENTS + 1, N_MAT2VEC + len(PROPERTIES)), dtype=np.float32)
-    table[1:, N_MAT2VEC:] = properties
     absent = np.full(N_MAT2VEC, np.nan, dtype=np.float32)
-    for z in range(1, N_ELEMENTS + 1):
-        table[z, :N_MAT2VEC] = mat2vec().get(Element.from_Z(z).symbol, absent)
+    symbols = [Element.from_Z(z).symbol for z in range(1, N_ELEMENTS + 1)]
+    vectors = np.stack([mat2vec().get(symbol, absent) for symbol in symbols])
+    properties = element_properties()[0]
+    numbers = np.concatenate([vectors, properties[:, :NUMERIC]], axis=1)
+    numbers = (numbers - np.nanmean(numbers, axis=0)) / np.nanstd(numbers, axis=0)
+    table = np.zeros((N_ELEMENTS + 1, N_MAT2VEC + len(PROPERTIES)), dtype=np.float32)
+    table[1:] = np.concatenate([numbers, properties[:, NUMERIC:]], axis=1)
     return table
 
 

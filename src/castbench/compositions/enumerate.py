@@ -18,8 +18,14 @@ from pymatgen.core import Element
 
 from castbench.errors import InputError
 
-STEPS = ("enumerated", "charge neutral", "electronegativities in order", "cations with anion, radii known")
-STEPS += ("Goldschmidt's t in its window", "Bartel's tau in its window")
+STEPS = (
+    "enumerated",
+    "charge neutral",
+    "electronegativities in order",
+    "cations with anion, radii known",
+    "Goldschmidt's t in its window",
+    "Bartel's tau in its window",
+)
 COORDINATION = {"I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7, "VIII": 8, "IX": 9}
 COORDINATION |= {"X": 10, "XI": 11, "XII": 12, "XIV": 14}
 OXIDATION_SETS = {"icsd24": "oxidation_states_icsd24", "smact14": "oxidation_states_smact14"}
@@ -50,12 +56,15 @@ class Ions:
 
 @dataclass
 class Candidates:
-    """The candidates of one X that pass every test: one row an unordered formula, its assignment of lowest tau.
+    """The candidates of one X that are chemically allowed and whose radii are known, one row a formula.
+
+    A and B may stand either way round: of the assignments to sites, one that fits the windows is taken.
 
     Attributes:
         a, b, x: (n,) atomic numbers.
         states: (n, 3) oxidation states of A, B and X.
-        goldschmidt, bartel: (n,) tolerance factors t and tau.
+        goldschmidt, bartel: (n,) tolerance factors t and tau (infinite where A is not the larger cation).
+        in_window: (n,) bool, whether both are in their windows.
         counts: candidates left after each of `STEPS`.
     """
 
@@ -65,6 +74,7 @@ class Candidates:
     states: np.ndarray
     goldschmidt: np.ndarray
     bartel: np.ndarray
+    in_window: np.ndarray
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -113,7 +123,7 @@ def ions(symbols: Sequence[str], oxidation_states: str = "icsd24") -> Ions:
                     shannon_radius(symbol, int(state), 6),
                 )
             )
-    columns = list(zip(*rows, strict=True)) or [()] * 5
+    columns: list[Any] = list(zip(*rows, strict=True)) or [()] * 5
     return Ions(
         np.array(columns[0], dtype=np.int16),
         np.array(columns[1], dtype=np.int8),
@@ -139,20 +149,21 @@ def bartel(r_a: np.ndarray, r_b: np.ndarray, r_x: float | np.ndarray, n_a: np.nd
 
 def neutral(a: Ions, b: Ions, x_state: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows (m,) of A ions and of B ions with which an X ion is neutral in ABX3."""
-    return np.nonzero(a.states[:, None].astype(np.int16) + b.states[None, :] == -3 * x_state)
+    i, j = np.nonzero(a.states[:, None].astype(np.int16) + b.states[None, :] == -3 * x_state)
+    return i, j
 
 
 def ordered(
     state_1: np.ndarray, eneg_1: np.ndarray, state_2: np.ndarray | int, eneg_2: np.ndarray | float
 ) -> np.ndarray:
-    """Mask (m,): both electronegativities are known, and of a cation and an anion the anion's is the larger."""
+    """Mask (m,): both electronegativities are known; of a cation and an anion, the anion's is larger."""
     wrong = (state_1 > 0) & (state_2 < 0) & (eneg_1 >= eneg_2)
     wrong |= (state_1 < 0) & (state_2 > 0) & (eneg_1 <= eneg_2)
     return ~wrong & ~np.isnan(eneg_1) & ~np.isnan(eneg_2)
 
 
 def enumerate_candidates(settings: dict[str, Any]) -> Iterator[Candidates]:
-    """Iterate over X, each with the candidates that pass; memory is that of one X.
+    """Iterate over X, each with its allowed candidates; memory is that of one X.
 
     Args:
         settings: `a`, `b`, `x` (symbols, or None for every element that SMACT knows), `oxidation_states`,
@@ -167,7 +178,7 @@ def enumerate_candidates(settings: dict[str, Any]) -> Iterator[Candidates]:
 def candidates_of(
     symbol: str, a: Ions, b: Ions, x: Ions, sites: dict[str, list[str]], settings: dict[str, Any]
 ) -> Candidates:
-    """The candidates of one X that pass."""
+    """The allowed candidates of one X."""
     z_x = Element(symbol).Z
     others_a, others_b = set(sites["a"]) - {symbol}, set(sites["b"]) - {symbol}
     found: list[np.ndarray] = []
@@ -183,9 +194,7 @@ def candidates_of(
 
         note(STEPS[1], i, j)
         first, second = a.of(i), b.of(j)
-        fits = ordered(
-            first.states, first.electronegativities, second.states, second.electronegativities
-        )
+        fits = ordered(first.states, first.electronegativities, second.states, second.electronegativities)
         fits &= ordered(first.states, first.electronegativities, state, electronegativity)
         fits &= ordered(second.states, second.electronegativities, state, electronegativity)
         i, j = i[fits], j[fits]
@@ -196,30 +205,28 @@ def candidates_of(
         i, j = i[fits], j[fits]
         note(STEPS[3], i, j)
         t = goldschmidt(a.radii_a[i], b.radii_b[j], r_x)
+        tau = bartel(a.radii_a[i], b.radii_b[j], r_x, a.states[i].astype(np.float64))
+        fits = np.ones(len(i), dtype=bool)
         if settings["goldschmidt"] is not None:
             low, high = settings["goldschmidt"]
             fits = (t >= low) & (t <= high)
-            i, j, t = i[fits], j[fits], t[fits]
-        note(STEPS[4], i, j)
-        tau = bartel(a.radii_a[i], b.radii_b[j], r_x, a.states[i].astype(np.float64))
+        note(STEPS[4], i[fits], j[fits])
         if settings["bartel"] is not None:
-            fits = tau <= settings["bartel"]
-            i, j, t, tau = i[fits], j[fits], t[fits], tau[fits]
-        note(STEPS[5], i, j)
+            fits &= tau <= settings["bartel"]
+        note(STEPS[5], i[fits], j[fits])
+        state_x = np.full(len(i), state)
         found.append(
-            np.stack(
-                [a.numbers[i], b.numbers[j], a.states[i], b.states[j], np.full(len(i), state), t, tau], axis=1
-            )
+            np.stack([a.numbers[i], b.numbers[j], a.states[i], b.states[j], state_x, t, tau, fits], axis=1)
         )
     counts = {STEPS[0]: sum(len(others_b - {first}) for first in others_a)}
-    counts |= {step: len(np.unique(np.concatenate(keys or [[]]))) for step, keys in passed.items()}
-    return one_a_formula(np.concatenate(found or [np.zeros((0, 7))]), z_x, counts)
+    counts |= {step: len(np.unique(np.concatenate(keys))) if keys else 0 for step, keys in passed.items()}
+    return one_a_formula(np.concatenate(found or [np.zeros((0, 8))]), z_x, counts)
 
 
 def one_a_formula(rows: np.ndarray, z_x: int, counts: dict[str, int]) -> Candidates:
-    """Keep of the assignments (n, 7) of one formula that of the lowest tau, then of t nearest to 1."""
+    """Keep of a formula's assignments (n, 8) one in the windows, of lowest tau, of t nearest to 1."""
     low, high = rows[:, :2].min(axis=1), rows[:, :2].max(axis=1)
-    order = np.lexsort((np.abs(rows[:, 5] - 1), rows[:, 6], high, low))
+    order = np.lexsort((np.abs(rows[:, 5] - 1), rows[:, 6], -rows[:, 7], high, low))
     rows, low, high = rows[order], low[order], high[order]
     first = np.ones(len(rows), dtype=bool)
     first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
@@ -231,5 +238,6 @@ def one_a_formula(rows: np.ndarray, z_x: int, counts: dict[str, int]) -> Candida
         rows[:, 2:5].astype(np.int8),
         rows[:, 5],
         rows[:, 6],
+        rows[:, 7].astype(bool),
         counts,
     )

@@ -26,7 +26,7 @@ def parse_formula(given: Any) -> Composition:
             sum to 1.
     """
     if isinstance(given, Mapping):
-        amounts = _fractions(given)
+        amounts: Any = _fractions(given)
     elif isinstance(given, str) and given.strip():
         amounts = given.strip()
     else:

@@ -1,4 +1,4 @@
-"""Screening: gap and stability of every allowed candidate, ranked, and how well hidden compounds are found."""
+"""Screening: gap and stability of every allowed candidate, and how well hidden compounds are found."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def screen_compositions(
 ) -> None:
     """Enumerate ABX3, keep what chemistry allows, predict it with every seed, and rank it by stability.
 
-    Memory does not grow with the number of candidates but for 12 bytes each, to rank them.
+    All that is allowed and has known radii is predicted; what lies outside the windows of the tolerance
+    factors is ranked behind what lies inside, and is not in the ranked table. Memory does not grow with the
+    number of candidates but for some 20 bytes each of those that are predicted, to rank them.
 
     Args:
         settings: {model, architecture, regression, classification, training, screening}.
@@ -98,7 +100,7 @@ def screen_compositions(
         split: of split_compositions: which part of it was for training.
         output: Parquet file, a row an allowed formula: the assignment to sites, tolerance factors, means and
             sample standard deviations over seeds, `rank`, and `known`, the part of the split that has it.
-        ranked: CSV file of the first `screening.top` rows.
+        ranked: CSV file of the first `screening.top` rows inside the windows.
         summary: JSON file: candidates left after each step.
         threads: cores that the job has.
 
@@ -112,6 +114,7 @@ def screen_compositions(
     known = read_known(compositions, split, settings["classification"]["stability"])
     counts: Counter[str] = Counter(dict.fromkeys(STEPS, 0))
     scores: list[np.ndarray] = []
+    windows: list[np.ndarray] = []
     unranked = output.with_suffix(".unranked")
     unranked.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -121,21 +124,28 @@ def screen_compositions(
                     chunk = pieces(candidates, slice(start, start + CHUNK))
                     table = predict_chunk(chunk, ensemble, known, writer.schema)
                     writer.write_table(table)
-                    scores.append(table["stability_mean"].to_numpy().astype(np.float32))
+                    scores.append(table["stability_mean"].to_numpy())
+                    windows.append(chunk.in_window)
         if not scores:
             raise InputError("compositions.screening: no candidate is left; widen its elements or windows")
-        every = np.concatenate(scores)
+        every, fits = np.concatenate(scores), np.concatenate(windows)
         ranks = np.empty(len(every), dtype=np.int64)
-        ranks[np.argsort(-every, kind="stable")] = np.arange(1, len(every) + 1)
-        top = write_ranked(unranked, ranks, screening["top"], output)
+        ranks[np.lexsort((-every, ~fits))] = np.arange(1, len(every) + 1)
+        top = write_ranked(unranked, ranks, min(screening["top"], int(fits.sum())), output)
     finally:
         unranked.unlink(missing_ok=True)
     with atomic_path(ranked) as partial:
         top.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
-    found = {"steps": dict(counts), "formulas": len(every), "seeds": seeds, "known": known_counts(output)}
+    found = {
+        "steps": dict(counts),
+        "predicted": len(every),
+        "in_window": int(fits.sum()),
+        "seeds": seeds,
+        "known": known_counts(output),
+    }
     sizes = {name: len(screening[name] or known_elements()) for name in ("a", "b", "x")}
     write_json(summary, found | {"elements": sizes, "model": settings["model"], "settings": screening})
-    log.info("%s: %d formulas predicted", dict(counts), len(every))
+    log.info("%s: %d formulas predicted, %d inside the windows", dict(counts), len(every), fits.sum())
 
 
 def schema(settings: dict[str, Any], seeds: list[int]) -> pa.Schema:
@@ -145,7 +155,7 @@ def schema(settings: dict[str, Any], seeds: list[int]) -> pa.Schema:
     targets = [*settings["regression"], *settings["classification"]]
     numbers = [(f"{target}_{what}", pa.float32()) for target in targets for what in ("mean", "std")]
     by_seed = [(f"stability_seed_{seed}", pa.float32()) for seed in seeds]
-    factors = [("goldschmidt", pa.float32()), ("bartel", pa.float32())]
+    factors = [("goldschmidt", pa.float32()), ("bartel", pa.float32()), ("in_window", pa.bool_())]
     known = [("known", pa.string()), ("known_stable", pa.bool_())]
     return pa.schema([("formula", pa.string()), *sites, *factors, *numbers, *by_seed, *known])
 
@@ -157,17 +167,19 @@ def embedded(found: Iterator[Candidates], counts: Counter[str]) -> Iterator[Cand
         counts.update(candidates.counts)
         has = ~np.isin(np.stack([candidates.a, candidates.b, candidates.x]), lacking).any(axis=0)
         if has.any():
-            yield candidates if has.all() else pieces(candidates, has)
+            yield candidates if has.all() else pieces(candidates, np.asarray(has))
 
 
 def pieces(candidates: Candidates, chosen: slice | np.ndarray) -> Candidates:
     """Some of the candidates, without counts."""
-    names = ("a", "b", "x", "states", "goldschmidt", "bartel")
+    names = ("a", "b", "x", "states", "goldschmidt", "bartel", "in_window")
     return Candidates(*(getattr(candidates, name)[chosen] for name in names))
 
 
-def read_known(compositions: Path, split: Path, threshold: float) -> dict[tuple[int, int, int], tuple[str, bool]]:
-    """(lower and higher Z of the single elements, Z of the triple one) -> part of the split, stable or not."""
+def read_known(
+    compositions: Path, split: Path, threshold: float
+) -> dict[tuple[int, int, int], tuple[str, bool]]:
+    """(lower and higher Z of the single elements, Z of the triple one) -> (part of the split, stable)."""
     table, lists = pq.read_table(compositions, columns=["formula", "energy_above_hull"]), load_split(split)
     part_of = {formula: part for part in PARTS for formula in lists[part]}
     stable = pc.less_equal(table["energy_above_hull"], threshold).to_pylist()
@@ -198,12 +210,14 @@ def predict_chunk(
     numbers = np.stack([candidates.a, candidates.b, candidates.x], axis=1)
     fractions = np.tile(np.array(FRACTIONS, dtype=np.float32), (len(numbers), 1))
     symbols = [[Element.from_Z(int(z)).symbol for z in row] for row in numbers]
-    keys = [(*sorted((int(a), int(b))), int(x)) for a, b, x in numbers]
-    matches = [known.get(key, (None, None)) for key in keys]  # type: ignore[call-overload]
+    keys = [(min(int(a), int(b)), max(int(a), int(b)), int(x)) for a, b, x in numbers]
+    nothing: tuple[str | None, bool | None] = (None, None)
+    matches = [known.get(key) or nothing for key in keys]
     content: dict[str, Any] = {
         "formula": [Composition({a: 1, b: 1, x: 3}).reduced_formula for a, b, x in symbols],
         "goldschmidt": candidates.goldschmidt,
-        "bartel": candidates.bartel,
+        "bartel": np.where(np.isfinite(candidates.bartel), candidates.bartel, np.nan),
+        "in_window": candidates.in_window,
         "known": [part for part, _ in matches],
         "known_stable": [is_stable for _, is_stable in matches],
     }
@@ -253,7 +267,8 @@ def validate_screening(
     and unstable alike, hidden from training and from the selection of weights. A user who had only the other
     nine tenths would screen all candidates that are not among them; this is that list, in which the hidden
     stable compounds are what is to be found. Everything else in it counts as not found, also what is stable
-    but in no database, so that the enrichment is a lower bound.
+    but in no database, so that the enrichment is a lower bound. The same is done without the windows of the
+    tolerance factors, since many ABX3 compounds are stable in other structures than perovskite's.
 
     Args:
         settings: `seeds`, `classification` with the threshold of `stability` (eV/atom).
@@ -266,31 +281,40 @@ def validate_screening(
     lists = load_split(split)
     known = read_known(compositions, split, settings["classification"]["stability"])
     hidden = sum(part == "test" and stable for part, stable in known.values())
-    pool = table[~table["known"].isin(["train", "validation"])].sort_values("rank")
-    hits = ((pool["known"] == "test") & pool["known_stable"].eq(True)).to_numpy()
-    found: dict[str, Any] = {
-        "n_hidden_stable": hidden,
-        "n_hidden_share": len(lists["test"]) / sum(len(lists[part]) for part in PARTS),
-        "n_pool": len(pool),
-        "n_hidden_in_pool": int(hits.sum()),
-        "n_hidden_unstable_in_pool": int(((pool["known"] == "test") & pool["known_stable"].eq(False)).sum()),
-        "enrichment": enrichment(hits),
-        "roc_auc_pool": _area(hits, -pool["rank"].to_numpy()),
-        "by_seed": {},
+    share = len(lists["test"]) / sum(len(lists[part]) for part in PARTS)
+    unseen = table[~table["known"].isin(["train", "validation"])]
+    pools = {
+        "in_window": validate_pool(unseen[unseen["in_window"]], settings["seeds"]),
+        "allowed": validate_pool(unseen, settings["seeds"]),
     }
+    write_json(output, {"n_hidden_stable": hidden, "hidden_share": share, "pools": pools})
+    for name, pool in pools.items():
+        log.info("%s: %d of %d hidden stable, %d candidates", name, pool["n_hidden"], hidden, pool["n"])
+
+
+def validate_pool(pool: pd.DataFrame, seeds: list[int]) -> dict[str, Any]:
+    """Rank a pool of candidates by the seeds' mean stability, and by every seed's, and see who comes first.
+
+    Returns:
+        Sizes, `enrichment`, the share of hits found along the list (`curve`), and areas under the ROC curve:
+        `roc_auc_pool` of the hidden stable ones against all others, `roc_auc_hidden` against the hidden
+        unstable ones alone.
+    """
     tested = (pool["known"] == "test").to_numpy()
-    found["roc_auc_hidden"] = _area(hits[tested], pool["stability_mean"].to_numpy()[tested])
-    for seed in settings["seeds"]:
-        score = pool[f"stability_seed_{seed}"].to_numpy()
+    hits = tested & pool["known_stable"].eq(True).to_numpy()
+    found: dict[str, Any] = {"n": len(pool), "n_hidden": int(hits.sum())}
+    found["n_hidden_unstable"] = int(tested.sum() - hits.sum())
+    columns = {"mean": "stability_mean"} | {str(seed): f"stability_seed_{seed}" for seed in seeds}
+    for name, column in columns.items():
+        score = pool[column].to_numpy()
         order = np.argsort(-score, kind="stable")
-        found["by_seed"][str(seed)] = {
+        found[name] = {
             "enrichment": enrichment(hits[order]),
             "roc_auc_pool": _area(hits, score),
             "roc_auc_hidden": _area(hits[tested], score[tested]),
+            "curve": curve(hits[order]),
         }
-    found["curve"] = curve(hits)
-    write_json(output, found)
-    log.info("%d of %d hidden stable compounds among %d candidates", hits.sum(), hidden, len(pool))
+    return found
 
 
 def enrichment(hits: np.ndarray) -> list[dict[str, Any]]:
@@ -306,7 +330,9 @@ def enrichment(hits: np.ndarray) -> list[dict[str, Any]]:
         got, expected = int(hits[:n].sum()), n * total / len(hits) if len(hits) else 0.0
         chance = float(hypergeom.sf(got - 1, len(hits), total, n)) if total else None
         factor = got / expected if expected else None
-        rows.append({"share": share, "n": n, "hits": got, "expected": expected, "factor": factor, "p": chance})
+        rows.append(
+            {"share": share, "n": n, "hits": got, "expected": expected, "factor": factor, "p": chance}
+        )
     return rows
 
 

@@ -23,7 +23,8 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
     """Assign every formula to train, validation or test, stratified by stability.
 
     Args:
-        settings: `seed`, `fractions` (three, summing to 1), `classification` with the threshold of `stability` (eV/atom).
+        settings: `seed`, `fractions` (three, summing to 1), and `classification`, which has the threshold of
+            `stability` (eV/atom).
         polymorphs: table of collect_compositions, for the leakage of a split by rows.
         compositions: table of aggregate_compositions.
         output: JSON file to write: formulas of each part, sorted, with a checksum.
@@ -37,12 +38,14 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
     stable = class_values(table, "stability", threshold)
     target = CLASS_TARGETS["stability"]
     if len(formulas) < FEWEST:
-        raise InputError(f"{compositions}: {len(formulas)} ABX3 formulas, and {FEWEST} are the fewest to split")
+        raise InputError(
+            f"{compositions}: {len(formulas)} ABX3 formulas, and {FEWEST} are the fewest to split"
+        )
     if len(set(stable.tolist())) < 2:
         only = target.positive if stable[0] else target.negative
         raise InputError(
             f"{compositions}: all {len(formulas)} formulas are {only} (energy above hull at or below "
-            f"{threshold:g} eV/atom is stable); change compositions.classification.stability or add the others"
+            f"{threshold:g} eV/atom is stable); change compositions.classification.stability, or add others"
         )
     counts = np.stack([stable == 0, stable == 1], axis=1).astype(int)
     parts = assign(counts, settings["fractions"], seed)
@@ -51,7 +54,9 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
         for name in PARTS
     }
     if empty := [name for name in PARTS if not lists[name]]:
-        raise InputError(f"{compositions}: {len(formulas)} formulas leave {empty[0]} empty; change the fractions")
+        raise InputError(
+            f"{compositions}: {len(formulas)} formulas leave {empty[0]} empty; change the fractions"
+        )
     header = {"seed": seed, "fractions": settings["fractions"], "stability_threshold": threshold}
     by_class = {
         name: {target.positive: int(stable[chosen].sum()), target.negative: int((1 - stable[chosen]).sum())}
@@ -82,7 +87,9 @@ def split_structures(
     part_of = {formula: part for part in PARTS for formula in lists[part]}
     part_of_id = {
         identifier: part_of[formula]
-        for formula, identifier in zip(*(chosen[name].to_pylist() for name in chosen.column_names), strict=True)
+        for formula, identifier in zip(
+            *(chosen[name].to_pylist() for name in chosen.column_names), strict=True
+        )
         if formula in part_of
     }
     table = pq.read_table(materials, columns=["material_id", "targets"])
@@ -112,4 +119,8 @@ def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, An
     order = np.random.default_rng(seed).permutation(len(formulas))
     train = set(formulas[order[: round(fractions[0] * len(order))]].tolist())
     test = formulas[order[len(order) - round(fractions[2] * len(order)) :]].tolist()
-    return {"n_rows": len(formulas), "n_test": len(test), "n_leaked": sum(formula in train for formula in test)}
+    return {
+        "n_rows": len(formulas),
+        "n_test": len(test),
+        "n_leaked": sum(formula in train for formula in test),
+    }

@@ -33,7 +33,9 @@ def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path,
         InputError: a formula that cannot be encoded, or a missing run.
     """
     try:
-        numbers, fractions = encode_formulas([settings["edm"], settings["attention"]], settings["max_elements"])
+        numbers, fractions = encode_formulas(
+            [settings["edm"], settings["attention"]], settings["max_elements"]
+        )
     except RecordError as error:
         raise InputError(f"compositions.explain: {error}; change the formula") from None
     ensemble = Ensemble(settings, runs, seeds, torch.device("cpu"))
@@ -52,7 +54,11 @@ def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path,
             "matrix": descriptor_matrix(numbers[:1], fractions[:1])[0].round(4).tolist(),
             "features": N_FEATURES,
         },
-        "attention": {"formula": settings["attention"], "tokens": ["[CLS]", *tokens(numbers[1])], "seeds": found},
+        "attention": {
+            "formula": settings["attention"],
+            "tokens": ["[CLS]", *tokens(numbers[1])],
+            "seeds": found,
+        },
     }
     write_json(output, content)
 

@@ -1,4 +1,4 @@
-"""Runs of the composition study: their predictions, the scores made from them, and the tables over all runs."""
+"""Runs of the composition study: predictions, the scores made from them, and the tables over all runs."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def tabulate_compositions(settings: dict[str, Any], results: Path, output: Path)
     write_csv(output / "composition_gap.csv", number_table(runs, settings))
     write_csv(output / "composition_stability.csv", class_table(runs, settings))
     write_csv(output / "composition_calibration.csv", calibration_table(runs, settings))
-    write_csv(output / "enrichment.csv", enrichment_table(read_json(results / "screening" / "validation.json")))
+    screened = read_json(results / "screening" / "validation.json")
+    write_csv(output / "enrichment.csv", enrichment_table(screened, settings["seeds"]))
 
 
 def ordered_composition_models(settings: dict[str, Any]) -> list[str]:
@@ -169,7 +170,7 @@ def read_structure_run(settings: dict[str, Any], results: Path, model: str, seed
         record["cost"] = read_json(folder / "cost.json")
     if not frames:
         return record
-    joined = frames[0].join(frames[1:], how="outer").reset_index()
+    joined = pd.concat(frames, axis=1).reset_index()
     if "band_gap_true" in joined:
         record["scores"]["band_gap"] = {part: scores(*pair(joined, "band_gap", part)) for part in PARTS}
     if "energy_above_hull_true" in joined:
@@ -179,7 +180,10 @@ def read_structure_run(settings: dict[str, Any], results: Path, model: str, seed
         found: dict[str, Any] = {"threshold": threshold}
         for part in PARTS:
             truth, score = pair(joined, "stability", part)
-            found[part] = {"at_threshold": class_scores(truth, score >= threshold), **ranking_scores(truth, score)}
+            found[part] = {
+                "at_threshold": class_scores(truth, score >= threshold),
+                **ranking_scores(truth, score),
+            }
         record["scores"]["stability"] = found
     return record | {"predictions": joined}
 
@@ -288,7 +292,9 @@ def class_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str,
 def report_row() -> dict[str, Any]:
     """The report's classification: what it states, the rest from the confusion matrix of its Figure 3."""
     known = read_report()
-    counts = [known[name] for name in ("true_negatives", "false_positives", "false_negatives", "true_positives")]
+    counts = [
+        known[name] for name in ("true_negatives", "false_positives", "false_negatives", "true_positives")
+    ]
     pairs = np.repeat([[0, 0], [0, 1], [1, 0], [1, 1]], np.array(counts, dtype=int), axis=0)
     scored = class_row(class_scores(pairs[:, 0], pairs[:, 1])) | {
         name: value for name, value in known.items() if name in CLASS_COLUMNS
@@ -324,25 +330,22 @@ def run_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, A
             row |= {f"{target}_{name}": test.get(name) for name in ("average_precision", "roc_auc")}
             cut = test.get("at_threshold", {})
             row |= {f"{target}_{name}": cut.get(name) for name in ("accuracy", "balanced_accuracy")}
-            row |= {f"{target}_f1_macro": cut.get("f1", {}).get("macro"), f"{target}_threshold": own.get("threshold")}
+            row |= {
+                f"{target}_f1_macro": cut.get("f1", {}).get("macro"),
+                f"{target}_threshold": own.get("threshold"),
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def enrichment_table(found: dict[str, Any]) -> pd.DataFrame:
-    """The screening's enrichment: the ensemble's (seed empty), then every seed's."""
+def enrichment_table(found: dict[str, Any], seeds: list[int]) -> pd.DataFrame:
+    """The screening's enrichment in both pools: by the seeds' mean (seed empty), then by every seed."""
     rows = []
-    for seed, own in ((None, found), *found["by_seed"].items()):
-        for row in own["enrichment"]:
-            rows.append(
-                {
-                    "seed": seed,
-                    **row,
-                    "roc_auc_pool": own["roc_auc_pool"],
-                    "roc_auc_hidden": own["roc_auc_hidden"],
-                    "n_pool": found["n_pool"],
-                    "n_hidden_in_pool": found["n_hidden_in_pool"],
-                    "n_hidden_stable": found["n_hidden_stable"],
-                }
-            )
+    for name, pool in found["pools"].items():
+        for seed in (None, *seeds):
+            own = pool["mean" if seed is None else str(seed)]
+            areas = {key: own[key] for key in ("roc_auc_pool", "roc_auc_hidden")}
+            sizes = {"n_pool": pool["n"], "n_hidden_in_pool": pool["n_hidden"]}
+            sizes["n_hidden_stable"] = found["n_hidden_stable"]
+            rows += [{"pool": name, "seed": seed, **row, **areas, **sizes} for row in own["enrichment"]]
     return pd.DataFrame(rows)

@@ -28,7 +28,7 @@ OBJECTIVES = {
     "masked_node": "cross_attention:MaskedNodePretraining",
     "contrastive": "contrastive:ContrastivePretraining",
 }
-# model of the composition study -> (its constructor, its section of sizes); the three EDMs differ by their loss.
+# model of the composition study -> (constructor, section of sizes); the three EDMs differ by their loss.
 COMPOSITION_REGISTRY = {
     "crabnet": ("crabnet:CrabNetStyle", "crabnet"),
     "edm_cross_entropy": ("edm_transformer:EDMTransformer", "edm_transformer"),

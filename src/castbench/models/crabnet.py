@@ -1,13 +1,15 @@
 """A baseline in the manner of CrabNet: self-attention over mat2vec vectors.
 
-Written from the published description (Wang et al., npj Comput. Mater. 7, 77, 2021). Kept: mat2vec projected to the model's width, fractions
-as sinusoids on a linear and a logarithmic scale that are added with learned scales, an encoder without [CLS],
-one residual head an element whose outputs are averaged with a learned gate. Changed, so that it differs from
-the EDM Transformer by the model alone: the same losses, optimiser, splits and several targets.
+Written from the published description (Wang et al., npj Comput. Mater. 7, 77, 2021). Kept: mat2vec projected
+to the model's width, fractions as sinusoids on a linear and a logarithmic scale that are added with learned
+scales, an encoder without [CLS], one residual head an element whose outputs are averaged with a learned gate.
+Changed, so that it differs from the EDM Transformer by the model alone: standardised vectors, several targets,
+the same losses, optimiser and splits.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ class ResidualHead(nn.Module):
     def __init__(self, width: int, hidden: tuple[int, ...], outputs: int):
         super().__init__()
         widths = [width, *hidden]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.layers = nn.ModuleList(dense(a, b) for a, b in pairs)
         self.skips = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
         self.output = dense(widths[-1], outputs)
@@ -79,7 +81,7 @@ class CrabNetStyle(CompositionNetwork):
             width, heads, sizes["feedforward"], sizes["dropout"], batch_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, sizes["layers"], enable_nested_tensor=False)
-        hidden = tuple(width * share // 2 for share in (2, 1)) + (max(width // 4, 1),)
+        hidden = (width, width // 2, width // 4)
         self.head = ResidualHead(width, hidden, 2 * len(targets))
 
     def forward(self, batch: CompositionBatch) -> dict[str, Tensor]:

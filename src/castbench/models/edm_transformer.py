@@ -4,7 +4,7 @@ The report fixes 12 heads, width 768, [CLS], normalisation after each residual (
 feed-forward layers, and the poolings. Layers, feed-forward width and dropout are the configuration's. There
 is no position: a formula is a set.
 
-Axis suffixes: B compositions, T tokens ([CLS], then the elements, padded), H heads, D width, d width of a head.
+Axis suffixes: B compositions, T tokens ([CLS], then elements, padded), H heads, D width, d width of a head.
 """
 
 from __future__ import annotations

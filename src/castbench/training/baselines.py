@@ -1,4 +1,4 @@
-"""Baselines of the composition study that need no gradient: training mean and majority class, random forest."""
+"""Baselines of the composition study without gradients: training mean, majority class, random forest."""
 
 from __future__ import annotations
 

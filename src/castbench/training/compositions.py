@@ -92,7 +92,7 @@ def train_compositions(
     output: Path,
     threads: int,
 ) -> None:
-    """Train a model of `COMPOSITION_REGISTRY`, all `seeds` one after another, and write a run folder for each.
+    """Train a model of `COMPOSITION_REGISTRY`, all `seeds` one after another, a run folder for each.
 
     Args:
         settings: {dataset, max_elements, regression, classification, loss, architecture, training}; stands
@@ -139,9 +139,12 @@ def train_composition_seed(
     trainer = Trainer(network, objective, training, training["epochs"], seed, fabric, checkpoints, key)
     run = trainer.fit()
     found = run_record(network, run) | {
-        "scale": {target: dict(zip(("mean", "std"), s, strict=True)) for target, s in objective.scale.items()},
+        "scale": {
+            target: dict(zip(("mean", "std"), s, strict=True)) for target, s in objective.scale.items()
+        },
         "class_weights": {
-            target: {"alpha": list(alpha), "gamma": gamma} for target, (alpha, gamma) in objective.weights.items()
+            target: {"alpha": list(alpha), "gamma": gamma}
+            for target, (alpha, gamma) in objective.weights.items()
         },
     }
     spent = cost(fabric, run.seconds, run.step * len(objective.rows) // run.steps)

@@ -135,7 +135,7 @@ class Trainer:
         return run
 
     def ended(self) -> bool:
-        """Whether the run is over: all steps are taken, or validation has not improved for `patience` epochs."""
+        """Whether all steps are taken, or validation has not improved for `patience` epochs."""
         run, patience = self.run, self.training.get("patience")
         if run.step == run.total:
             return True

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from castbench.evaluation.classification import average_precision, balanced_accuracy
 from castbench.evaluation.metrics import scores
-from castbench.models.composition import CompositionNetwork, Compositions
+from castbench.models.composition import Compositions
 from castbench.training.objectives import Objective
 from castbench.training.schedule import batches, generator
 
@@ -126,7 +126,7 @@ class MultiTask(Objective):
         That is L / (2 sigma^2) + log sigma for a regression, L / sigma^2 + log sigma for a classification.
         """
         losses = self.task_losses(network(self.compositions.batch(rows)), rows)
-        own: CompositionNetwork = getattr(network, "module", network)
+        own: Any = getattr(network, "module", network)
         if own.log_variances is None:
             return torch.stack(list(losses.values())).sum()
         total = torch.zeros((), device=self.compositions.device)
@@ -149,7 +149,7 @@ class MultiTask(Objective):
         return to_unit(predicted, self.scale, self.classification)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Plain sum of the losses on validation; scores on validation and on as many training compositions."""
+        """Plain sum of the losses on validation; scores there and on as many training compositions."""
         raw = self.predict(network, self.validation)
         on_device = {target: found.to(self.compositions.device) for target, found in raw.items()}
         loss = sum(float(part) for part in self.task_losses(on_device, self.validation).values())
