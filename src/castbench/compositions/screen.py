@@ -137,7 +137,7 @@ def screen_compositions(
     with atomic_path(ranked) as partial:
         top.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     found = {
-        "steps": dict(counts),
+        "steps": [{"step": step, "left": counts[step]} for step in STEPS],
         "predicted": len(every),
         "in_window": int(fits.sum()),
         "seeds": seeds,

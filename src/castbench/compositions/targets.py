@@ -24,6 +24,6 @@ def composition_values(
 
 
 def threshold_text(target: str, threshold: float) -> str:
-    """The rule of a class in words: "stable: energy above hull <= 0 eV/atom"."""
+    """The rule of a class in words: "stable: energy above hull ≤ 0 eV/atom"."""
     known = CLASS_TARGETS[target]
-    return f"{known.positive}: {known.column.replace('_', ' ')} <= {threshold:g} {known.unit}"
+    return f"{known.positive}: {known.column.replace('_', ' ')} ≤ {threshold:g} {known.unit}"

@@ -3,8 +3,8 @@
 Written from the published description (Wang et al., npj Comput. Mater. 7, 77, 2021). Kept: mat2vec projected
 to the model's width, fractions as sinusoids on a linear and a logarithmic scale that are added with learned
 scales, an encoder without [CLS], one residual head an element whose outputs are averaged with a learned gate.
-Changed, so that it differs from the EDM Transformer by the model alone: standardised vectors, several targets,
-the same losses, optimiser and splits.
+Changed, so that it differs from the EDM Transformer by the model alone: standardised vectors, several
+targets, the same losses, optimiser and splits.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from castbench.compositions.targets import threshold_text
 from castbench.evaluation.aggregate import RESOURCES, read_json
+from castbench.evaluation.statistics import SPLITS
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, COMPOSITION_ORDER, TARGETS
 from castbench.report.figures import INK, MUTED, RULE, drawing, empty, panels
 
@@ -77,7 +78,8 @@ def focal_curve(p: np.ndarray, alpha: float, gamma: float) -> np.ndarray:
 
 
 def _class_balance(settings: dict[str, Any], results: Path, path: Path) -> None:
-    classes = read_json(results / "splits" / "compositions.json")["classes"]
+    split = read_json(results / "splits" / "compositions.json")
+    classes = {part: split["classes"][part] for part in SPLITS}
     target = CLASS_TARGETS["stability"]
     with drawing(settings, path) as made:
         figure, axes = panels(3, 3, (3.4, 3.0))
@@ -194,7 +196,7 @@ def _confusion(settings: dict[str, Any], results: Path, path: Path) -> None:
             "the EDM report\n(its own rows)",
         )
         figure.supxlabel(
-            f"predicted. {stability_rule(settings)}; test formulas, mean over seeds. * chosen on validation",
+            f"{stability_rule(settings)}; test formulas, mean over seeds. * chosen on validation",
             size=8,
         )
 
@@ -204,11 +206,14 @@ def _matrix(axis: Axes, counts: np.ndarray, title: str) -> None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (line, column), share in np.ndenumerate(shares):
-        text = f"{counts[line, column]:,.0f}\n{share:.0%}"
+        count = counts[line, column]
+        text = f"{count:,.0f}\n{share:.0%}" if count.is_integer() else f"{count:,.1f}\n{share:.0%}"
         colour = "white" if share > 0.55 else "#1b1f25"
         axis.text(column, line, text, ha="center", va="center", color=colour, size=8.5)
     axis.set_xticks([0, 1], ["unstable", "stable"])
     axis.set_yticks([0, 1], ["unstable", "stable"], rotation=90, va="center")
+    axis.set_xlabel("predicted", fontsize=7.5)
+    axis.set_ylabel("true", fontsize=7.5)
     axis.set_title(title, fontsize=8.5)
     axis.tick_params(length=0)
 
@@ -261,7 +266,7 @@ def _parity(settings: dict[str, Any], results: Path, path: Path) -> None:
             axis.set_xlabel(f"DFT {TARGETS[target].label.lower()} ({unit})", fontsize=7.5)
             axis.set_ylabel(f"predicted ({unit})", fontsize=7.5)
             axis.grid(visible=True)
-            axis.set_aspect("equal", adjustable="datalim")
+            axis.set_aspect("equal")
 
 
 def _curves(settings: dict[str, Any], results: Path, path: Path) -> None:
@@ -368,9 +373,10 @@ def _attention(settings: dict[str, Any], results: Path, path: Path) -> None:
         counts.set(title="[CLS] row: heads whose top token it is", ylabel=f"heads of {len(weights)}")
         for axis in (means, counts):
             axis.set_xticks(places, tokens)
+            axis.set_ylim(top=1.25 * axis.get_ylim()[1])
             axis.grid(axis="y")
             axis.tick_params(axis="x", length=0)
-            axis.legend()
+            axis.legend(ncols=len(found["seeds"]), loc="upper right")
         above.suptitle(
             f"{found['formula']}: self-attention in layer {len(layers)} of {len(layers)}, seed {seed} "
             "(rows: query, columns: key)",
