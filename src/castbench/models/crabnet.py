@@ -25,7 +25,10 @@ LOG_SCALE = 0.0025  # x -> min(1, 0.0025 log2(x)^2)
 
 
 class FractionEncoding(nn.Module):
-    """Sinusoids (B, L, width) of atomic fractions: half on a linear, half on a logarithmic scale."""
+    """Sinusoids (B, L, width) of atomic fractions: half on a linear, half on a logarithmic scale.
+
+    Each half has a learned scale that begins at 1; CrabNet's 2^((1 - s)^2) has no gradient where it begins.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -40,7 +43,7 @@ class FractionEncoding(nn.Module):
         parts = []
         for scale, values in zip(self.scales, (fractions, logarithmic), strict=True):
             angles = values[..., None] * self.frequencies
-            parts.append(2.0 ** ((1 - scale) ** 2) * torch.cat([angles.sin(), angles.cos()], dim=-1))
+            parts.append(scale * torch.cat([angles.sin(), angles.cos()], dim=-1))
         return torch.cat(parts, dim=-1)
 
 

@@ -206,7 +206,7 @@ def _matrix(axis: Axes, counts: np.ndarray, title: str) -> None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (line, column), share in np.ndenumerate(shares):
-        count = counts[line, column]
+        count = float(counts[line, column])
         text = f"{count:,.0f}\n{share:.0%}" if count.is_integer() else f"{count:,.1f}\n{share:.0%}"
         colour = "white" if share > 0.55 else "#1b1f25"
         axis.text(column, line, text, ha="center", va="center", color=colour, size=8.5)

@@ -79,7 +79,7 @@ class MultiTask(Objective):
         loss: str,
     ):
         super().__init__(rows["train"], rows["validation"], training["batch_size"])
-        self.compositions, self.values, self.classification = compositions, values, classification
+        self.compositions, self.truth, self.classification = compositions, values, classification
         # As many training compositions as there are for validation show how far apart the two are.
         chosen = torch.randperm(len(self.rows), generator=generator("training subset"))
         self.subset = self.rows[chosen[: len(self.validation)]]
@@ -101,7 +101,7 @@ class MultiTask(Objective):
     def columns(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the values that `validate` may return."""
         own = ["validation_loss"]
-        for target in self.values:
+        for target in self.truth:
             kinds = CLASS_COLUMNS if target in self.classification else NUMBER_COLUMNS
             own += [f"{part}_{target}_{kind}" for part in ("train", "validation") for kind in kinds]
         return tuple(own)
@@ -137,7 +137,7 @@ class MultiTask(Objective):
 
     def predict(self, network: nn.Module, rows: Tensor) -> dict[str, Tensor]:
         """{target: (n,)} raw outputs of `rows` on the host, float32."""
-        parts: dict[str, list[Tensor]] = {target: [] for target in self.values}
+        parts: dict[str, list[Tensor]] = {target: [] for target in self.truth}
         with torch.inference_mode():
             for chosen in batches(rows, BATCH):
                 for target, found in network(self.compositions.batch(chosen)).items():
@@ -157,7 +157,7 @@ class MultiTask(Objective):
         for part, rows in (("train", self.subset), ("validation", self.validation)):
             found = raw if part == "validation" else self.predict(network, rows)
             for target, predicted in self.in_unit(found).items():
-                truth = self.values[target][rows.numpy()]
+                truth = self.truth[target][rows.numpy()]
                 known = np.isfinite(truth)
                 if not known.any():
                     continue
