@@ -168,5 +168,5 @@ def test_matrix_and_attention_of_formulas(runs: Path, tmp_path: Path):
     assert weights.shape == (1, 2, 5, 5)
     assert weights[..., :4, :].sum(axis=-1) == pytest.approx(1, abs=1e-4)
     assert not weights[..., 4].any()
-    with pytest.raises(InputError, match="compositions.explain.*more elements than slots"):
+    with pytest.raises(InputError, match=r"compositions.explain.*more elements than slots"):
         explain_compositions(settings | {"edm": "LiNaKRbCsO3"}, SEEDS, runs, tmp_path / "own.json")
