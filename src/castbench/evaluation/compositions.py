@@ -277,6 +277,7 @@ def class_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str,
                 row |= {"finished": len(records), "expected": len(settings["seeds"])}
                 row["n_test"] = tests[0]["at_threshold"]["n"] if tests else None
                 cuts = [0.5 if kind == "at_half" else r["scores"][target]["threshold"] for r in records]
+                cuts = [] if model in settings["structure_models"] else cuts  # theirs is an energy
                 row["probability_mean"], row["probability_std"] = _mean_std(cuts)
                 for name in CLASS_COLUMNS:
                     row[f"{name}_mean"], row[f"{name}_std"] = _mean_std([scored[name] for scored in flat])

@@ -224,7 +224,7 @@ def _structure_points(results: Path, model: str, seeds: list[int]) -> pd.DataFra
         file = results / "runs" / "band_gap" / model / str(seed) / "predictions.parquet"
         if file.exists():
             frames.append(pd.read_parquet(file).rename(columns={"y_true": "true", "y_pred": "pred"}))
-    return pd.concat(frames).query("split == 'test'") if frames else pd.DataFrame()
+    return pd.concat(frames).query("split == 'test'")[["true", "pred"]] if frames else pd.DataFrame()
 
 
 def _points(settings: dict[str, Any], results: Path, model: str, target: str) -> pd.DataFrame:
