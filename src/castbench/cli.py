@@ -37,7 +37,7 @@ VERBS = {
     "aggregate_compositions": "castbench.compositions.collect",
     "split_compositions": "castbench.compositions.splits",
     "split_structures": "castbench.compositions.splits",
-    "featurize_compositions": "castbench.training.baselines",
+    "featurize_compositions": "castbench.compositions.magpie",
     "fit_baseline": "castbench.training.baselines",
     "train_compositions": "castbench.training.compositions",
     "explain_compositions": "castbench.evaluation.composition_attention",

@@ -71,6 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     settings = composition_settings("edm_transformer", config)
+    settings["training"]["threads"] = arguments.threads
     settings |= {"screening": config["compositions"]["screening"]}
     list(enumerate_candidates(settings["screening"] | {"x": ["O"]}))  # warms up the element tables
     start = time.process_time()

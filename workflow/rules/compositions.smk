@@ -222,7 +222,7 @@ rule screen_compositions:
         "results/{dataset}/logs/screen_compositions.log",
     conda:
         "../../envs/train.yaml"
-    threads: workflow.cores
+    threads: config["training"]["threads"]
     resources:
         gpu=GPUS,
     params:

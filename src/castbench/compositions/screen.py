@@ -109,7 +109,6 @@ def screen_compositions(
     """
     screening = settings["screening"]
     fabric = open_session(settings["training"], threads)
-    torch.set_num_threads(max(threads, 1))
     ensemble = Ensemble(settings, runs, seeds, fabric.device)
     known = read_known(compositions, split, settings["classification"]["stability"])
     counts: Counter[str] = Counter(dict.fromkeys(STEPS, 0))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from castbench.compositions.magpie import featurize_compositions
 from castbench.errors import InputError
 from castbench.models import build_composition_model
 from castbench.models.composition import Compositions
-from castbench.training.baselines import featurize_compositions, fit_baseline
+from castbench.training.baselines import fit_baseline
 from castbench.training.compositions import read_compositions, train_compositions
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask, class_weights, focal_loss
