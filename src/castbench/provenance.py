@@ -14,8 +14,8 @@ from typing import Any
 
 PACKAGES = (
     "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
-    "robocrys", "matminer", "smact", "ElementEmbeddings", "scikit-learn", "spglib", "numpy", "scipy", "pandas",
-    "pyarrow", "snakemake",
+    "robocrys", "matminer", "smact", "ElementEmbeddings", "scikit-learn", "spglib", "numpy", "scipy",
+    "pandas", "pyarrow", "snakemake",
 )  # fmt: skip
 
 

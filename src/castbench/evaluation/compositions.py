@@ -342,7 +342,8 @@ def run_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, A
 def enrichment_table(found: dict[str, Any], seeds: list[int]) -> pd.DataFrame:
     """The screening's enrichment in both pools: by the seeds' mean (seed empty), then by every seed."""
     rows = []
-    for name, pool in found["pools"].items():
+    for name in ("in_window", "allowed"):
+        pool = found["pools"][name]
         for seed in (None, *seeds):
             own = pool["mean" if seed is None else str(seed)]
             areas = {key: own[key] for key in ("roc_auc_pool", "roc_auc_hidden")}
