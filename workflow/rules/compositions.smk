@@ -1,6 +1,6 @@
 """The composition study: perovskites from the formula alone, and the screening of new ones.
 
-Input: the source named in the configuration (materials.source, materials.path).
+Input: the source named in the configuration (materials.source).
 Output: compositions.parquet, splits/compositions.json, composition_runs/{model}/{seed}/, screening/, tables/, figures/,
 report.html. Where the source has structures, crystals are split the same way for the models that read them.
 """
@@ -25,7 +25,8 @@ ruleorder: render_composition_report > render_report
 rule collect_compositions:
     """Read the ABX3 compounds of the source, polymorph by polymorph."""
     input:
-        config["materials"]["path"],
+        # A download is collect_materials' to make.
+        meaning.source_files(config) or "results/{dataset}/materials/collected.parquet",
     output:
         compositions="results/{dataset}/compositions/polymorphs.parquet",
         manifest="results/{dataset}/compositions/manifest.json",
@@ -34,12 +35,7 @@ rule collect_compositions:
     conda:
         "../../envs/data.yaml"
     params:
-        settings=settings(
-            "materials.source",
-            "materials.path",
-            "materials.columns",
-            "compositions.max_elements",
-        ),
+        settings=json.dumps(meaning.composition_source(config), sort_keys=True),
     shell:
         "python -m castbench collect_compositions --settings {params.settings:q} --output {output.compositions}"
         " --manifest {output.manifest} --log {log}"

@@ -15,9 +15,9 @@ from pymatgen.core import Composition
 
 from castbench.compositions.formulas import check_slots, is_abx3, parse_formula
 from castbench.errors import InputError
-from castbench.materials.readers import BATCH
+from castbench.materials.readers import BATCH, Source
 from castbench.materials.records import LABELS, STRUCTURE, Columns, is_missing, read_label
-from castbench.materials.sources import SOURCES, Source, Tally
+from castbench.materials.sources import SOURCES, Tally
 from castbench.materials.structures import RecordError, read_crystal
 from castbench.provenance import atomic_path, write_json
 
@@ -34,7 +34,8 @@ def collect_compositions(settings: dict[str, Any], output: Path, manifest: Path)
     """Read a source and keep its ABX3 compounds that have an energy above hull.
 
     Args:
-        settings: `source`, `path`, `columns` of the configuration's `materials`; `max_elements`.
+        settings: what the source needs, as for collect_materials (of the Materials Project, a snapshot), and
+            `max_elements`.
         output: Parquet file to write, one row a polymorph, energies in eV/atom and gaps in eV.
         manifest: JSON file to write: files with hashes, records read and kept, those left out by reason.
 
