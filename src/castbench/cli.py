@@ -34,6 +34,19 @@ VERBS = {
     "plot_results": "castbench.report.figures",
     "plot_attention": "castbench.report.figures",
     "render_report": "castbench.report.html",
+    "collect_compositions": "castbench.compositions.collect",
+    "aggregate_compositions": "castbench.compositions.collect",
+    "split_compositions": "castbench.compositions.splits",
+    "split_structures": "castbench.compositions.splits",
+    "featurize_compositions": "castbench.compositions.magpie",
+    "fit_baseline": "castbench.training.baselines",
+    "train_compositions": "castbench.training.compositions",
+    "explain_compositions": "castbench.evaluation.composition_attention",
+    "screen_compositions": "castbench.compositions.screen",
+    "validate_screening": "castbench.compositions.screen",
+    "tabulate_compositions": "castbench.evaluation.compositions",
+    "plot_compositions": "castbench.report.composition_figures",
+    "render_composition_report": "castbench.report.composition_html",
 }
 ONLINE = ("prefetch_encoder",)  # the verbs that ask the Hugging Face Hub
 log = logging.getLogger("castbench")

@@ -78,6 +78,25 @@ ATTENTION_FIGURES = {
     "attention_heads": "Cross-attention by head",
     "attention_similarity": "Similarity of the nodes' attention (Figure 3)",
 }
+# of the composition study
+COMPOSITION_TABLES = {
+    "composition_gap": "Error of the regressions of every model",
+    "composition_stability": "Scores of the classifications of every model",
+    "composition_runs": "Every run",
+    "composition_calibration": "Reliability of the probabilities",
+    "enrichment": "How the screening finds hidden stable compounds",
+}
+COMPOSITION_FIGURES = {
+    "class_balance": "Class balance, focal and cross-entropy loss (report's Figure 1)",
+    "edm_heatmap": "Element descriptor matrix (Figure 2)",
+    "confusion": "Confusion matrices (Figure 3)",
+    "composition_parity": "Predicted against true (Figure 4)",
+    "composition_curves": "Learning curves (Figure 5)",
+    "composition_epochs": "Metrics over epochs (Figure 6)",
+    "composition_attention": "Attention of every head (Figure 7)",
+    "reliability": "Reliability of the stability probability",
+    "hidden_compounds": "Hidden stable compounds found by the screening",
+}
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))
 SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targets"]]
@@ -92,6 +111,8 @@ wildcard_constraints:
     shard=r"\d+",
     remaining=r"\d+",
     seed=r"\d+",
+    baseline="baseline|random_forest",
+    network="crabnet|edm_[a-z_]+",
 
 
 def settings(*keys):
@@ -203,3 +224,18 @@ def attention_inputs(wildcards):
         seed=config["training"]["seeds"][0],
     )
     return inputs
+
+
+def composition_metrics(wildcards):
+    """The record of every run of the composition study."""
+    return expand(
+        "results/{dataset}/composition_runs/{model}/{seed}/metrics.json",
+        dataset=wildcards.dataset,
+        model=config["compositions"]["models"],
+        seed=config["training"]["seeds"],
+    )
+
+
+def structure_metrics(wildcards):
+    """The record of every run that reads structures, where the source has them."""
+    return all_metrics(wildcards) if config["compositions"]["structures"] else []

@@ -35,7 +35,11 @@ OTHERS = {
     "text": ("text", "description"),
     "origin": ("origin",),
 }
-COLUMNS = OTHERS | STRUCTURE | LABELS
+COMPOSITION = {  # read where there is a study of formulas alone
+    "formula": ("formula", "formula_pretty", "reduced_formula"),
+    "fractions": ("fractions",),
+}
+COLUMNS = OTHERS | STRUCTURE | LABELS | COMPOSITION
 
 # What no crystal has, so that it is a mistake or a mark for "missing" and becomes null. Moduli are not
 # bounded here: the filters of the paper are there for the wild ones, and count them.
@@ -141,10 +145,13 @@ class Columns:
             invalid=tuple(invalid),
         )
 
-    def check_found(self) -> None:
-        """Refuse a mapping that names what no record has: a typing error would pass as missing values."""
+    def check_found(self, unread: Mapping[str, Any] = COMPOSITION) -> None:
+        """Refuse a mapping that names what no record has: a typing error would pass as missing values.
+
+        Columns `unread` by the caller may stand in the mapping for the other study that shares it.
+        """
         for column, path in self.mapping.items():
-            if column not in self.found:
+            if column not in self.found and column not in unread:
                 raise InputError(
                     f"materials.columns.{column}: no record has a value at {path!r}; correct the path"
                 )

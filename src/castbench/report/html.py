@@ -172,7 +172,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "seconds": runs["seconds"].sum(),
         "pretraining": pretraining_rows(folder / "pretraining.csv"),
         "attention": attention_summary(results),
-        "deviations": yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8")),
+        "deviations": deviations("cast"),
         "versions": distinct(finished, "versions"),
         "hardware": distinct([record["cost"] for record in finished], "hardware"),
         "commits": sorted({str(record.get("commit")) for record in finished}),
@@ -184,6 +184,12 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
             if file.suffix in DOWNLOADS
         ],
     }
+
+
+def deviations(study: str) -> list[dict[str, str]]:
+    """The entries of deviations.yaml that speak of a study."""
+    entries = yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry.get("study", "cast") == study]
 
 
 def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
