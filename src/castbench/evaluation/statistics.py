@@ -92,9 +92,13 @@ def paired_difference(
     first: np.ndarray, second: np.ndarray, repeats: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean of `first - second`, both (n,), and its 95 % bootstrap interval over the n crystals."""
-    difference = np.asarray(first) - np.asarray(second)
+    return mean_interval(np.asarray(first) - np.asarray(second), repeats, seed)
+
+
+def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals."""
     rng = np.random.default_rng(seed)
-    size = (100, len(difference))  # a few repeats at a time: memory stays small
-    means = [difference[rng.integers(len(difference), size=size)].mean(axis=1) for _ in range(repeats // 100)]
+    size = (100, len(values))  # a few repeats at a time: memory stays small
+    means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(repeats // 100)]
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    return float(values.mean()), float(low), float(high)
