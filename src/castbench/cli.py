@@ -35,8 +35,10 @@ VERBS = {
     "aggregate_runs": "castbench.evaluation.aggregate",
     "plot_dataset": "castbench.report.figures",
     "plot_results": "castbench.report.figures",
-    "plot_attention": "castbench.report.figures",
+    "plot_attention": "castbench.report.attention",
+    "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
+    "explain": "castbench.report.explain",
 }
 log = logging.getLogger("castbench")
 

@@ -68,11 +68,12 @@ def probe_text(
     tokens: Path,
     encoder: Path,
     output: Path,
+    device: str = "cpu",
 ) -> None:
     """Change the texts of test crystals and write what a trained model makes of them.
 
     Args:
-        settings: {crystals}: how many test crystals at most, drawn at random; None takes all.
+        settings: {probes}: how many test crystals at most, drawn at random; None takes all.
         run: folder of a trained model that reads text, or of masked node pretraining.
         materials: materials.parquet.
         split: id lists of the target (of a pretraining: of any target; it saw no test crystal).
@@ -81,6 +82,7 @@ def probe_text(
         tokens: cache of tokens.
         encoder: folder of the text encoder.
         output: Parquet file, see `SCHEMA`; without rows where the run did not finish.
+        device: cpu, cuda or auto.
     """
     record = read_run(run)
     with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
@@ -88,14 +90,14 @@ def probe_text(
             log.warning("%s: %s; nothing to probe", run, record["status"])
             return
         torch.manual_seed(0)
-        subject = Subject(run, record, graphs, tokens, encoder)
+        subject = Subject(run, record, graphs, tokens, encoder, device)
         crystals = subject.crystals
         test, _ = crystals.rows(json.loads(split.read_text(encoding="utf-8"))["test"])
         assert crystals.has_text is not None
         test = test[torch.from_numpy(crystals.has_text[test.numpy()])]
         rng = np.random.default_rng(0)
-        if settings["crystals"] is not None and len(test) > settings["crystals"]:
-            test = test[rng.permutation(len(test))[: settings["crystals"]]]
+        if settings["probes"] is not None and len(test) > settings["probes"]:
+            test = test[rng.permutation(len(test))[: settings["probes"]]]
         rows = sorted(test.tolist())
         donors = dict(zip(rows, [*rows[1:], *rows[:1]], strict=True)) if len(rows) > 1 else {}
         truths = truth_of(record, materials)
@@ -127,27 +129,32 @@ Row = tuple[str, str | None, float | None, int, float]  # condition, part, share
 class Subject:
     """A trained network that reads any text, and the crystals that it is asked about."""
 
-    def __init__(self, run: Path, record: dict[str, Any], graphs: Path, tokens: Path, encoder: Path):
+    def __init__(
+        self, run: Path, record: dict[str, Any], graphs: Path, tokens: Path, encoder: Path, device: str = "cpu"
+    ):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         self.network: Network = load_run(run, encoder)
         self.network.text.read_ids(encoder)
-        self.network.requires_grad_(False)
-        self.crystals = Crystals(self.network, graphs, tokens, None, torch.device("cpu"))
+        self.network.requires_grad_(False).to(self.device)
+        self.crystals = Crystals(self.network, graphs, tokens, None, self.device)
         self.mean, self.std = record.get("target_mean", 0.0), record.get("target_std", 1.0)
         self.masked = isinstance(self.network, MaskedNodePretraining)
 
     def hide(self, row: int) -> Tensor:
         """The nodes (N,) of a crystal that are hidden: half of them, at least one, the same each time."""
-        return random_mask(self.crystals.batch(torch.tensor([row])).node_offsets, 0.5, "probe", row)
+        return random_mask(self.crystals.batch(torch.tensor([row])).node_offsets.cpu(), 0.5, "probe", row)
 
     def batch(self, row: int, texts: list[np.ndarray]) -> Batch:
         """The crystal once for each text."""
         batch = self.crystals.batch(torch.full((len(texts),), row))
         if self.masked:
-            batch = replace(batch, masked_nodes=self.hide(row).repeat(len(texts)))
+            batch = replace(batch, masked_nodes=self.hide(row).repeat(len(texts)).to(self.device))
         lengths = torch.tensor([len(text) for text in texts])
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         ids = torch.from_numpy(np.concatenate(texts)).long()
-        return with_text(batch, Batch(len(texts), token_ids=ids, token_offsets=offsets))
+        return with_text(batch, Batch(len(texts), token_ids=ids, token_offsets=offsets).to(self.device))
 
     @torch.inference_mode()
     def values(self, row: int, texts: list[np.ndarray]) -> np.ndarray:
@@ -161,7 +168,7 @@ class Subject:
                 found.append((right & batch.masked_nodes).view(len(part), -1).sum(dim=1).double())
             else:
                 found.append(self.network(batch).double() * self.std + self.mean)
-        return torch.cat(found).numpy()
+        return torch.cat(found).cpu().numpy()
 
     @torch.inference_mode()
     def attention(self, row: int, reading: Reading) -> np.ndarray:
@@ -170,8 +177,8 @@ class Subject:
         network: Any = self.network
         if isinstance(network, Cast):
             _, maps = network.attention_maps(batch)
-            return torch.stack(maps).mean(dim=(0, 1, 2, 3)).double().numpy()
-        return network.attention_maps(batch)[1][-1][0].mean(dim=0).double().numpy()
+            return torch.stack(maps).mean(dim=(0, 1, 2, 3)).double().cpu().numpy()
+        return network.attention_maps(batch)[1][-1][0].mean(dim=0).double().cpu().numpy()
 
     def attribution(self, row: int, reading: Reading) -> np.ndarray:
         """Integrated gradients of the prediction by the input embedding of each token (T,), standardised.
@@ -182,13 +189,14 @@ class Subject:
         from captum.attr import LayerIntegratedGradients
 
         def predict(ids_BT: Tensor) -> Tensor:
-            return self.network(self.batch(row, list(ids_BT.numpy())))
+            return self.network(self.batch(row, list(ids_BT.cpu().numpy())))
 
-        ids = torch.from_numpy(reading.ids)[None]
-        blank = torch.where(torch.from_numpy(reading.part == SPECIAL), ids, self.pad_id)
+        ids = torch.from_numpy(reading.ids)[None].to(self.device)
+        special = torch.from_numpy(reading.part == SPECIAL).to(self.device)
+        blank = torch.where(special, ids, self.pad_id)
         method = LayerIntegratedGradients(predict, self.network.text.encoder.embeddings)
         gradients = method.attribute(ids, baselines=blank, n_steps=STEPS, internal_batch_size=STEPS)
-        return gradients[0].sum(dim=-1).detach().double().numpy()
+        return gradients[0].sum(dim=-1).detach().double().cpu().numpy()
 
     @property
     def pad_id(self) -> int:

@@ -13,12 +13,25 @@ from castbench.materials.targets import target_values
 
 SPLITS = ("train", "validation", "test")
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
+SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
 
 def crystal_systems(spacegroups: np.ndarray) -> np.ndarray:
     """Crystal system (n,) of international space group numbers 1 to 230."""
     return np.array(CRYSTAL_SYSTEMS)[np.searchsorted(_LAST_SPACEGROUPS, spacegroups)]
+
+
+def site_labels() -> list[str]:
+    """Names of the groups by number of sites."""
+    lower = [1, *(end + 1 for end in SITE_BINS)]
+    names = [str(a) if a == b else f"{a}–{b}" for a, b in zip(lower, SITE_BINS, strict=False)]
+    return [*names, f"> {SITE_BINS[-1]}"]
+
+
+def site_groups(sites: np.ndarray) -> np.ndarray:
+    """Group names (n,) of numbers of sites (n,)."""
+    return np.array(site_labels())[np.searchsorted(SITE_BINS, sites)]
 
 
 def read_split(results: Path, target: str) -> dict:
