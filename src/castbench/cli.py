@@ -52,7 +52,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`."""
+    """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`.
+
+    Those that the signature has before a / are given without a name.
+    """
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         kind, many, default = hints[name], False, parameter.default
@@ -64,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
         if typing.get_origin(kind) is dict:
             kind = dict
         required = default is inspect.Parameter.empty
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            parser.add_argument(name, type=kind, metavar=name.upper())
+            continue
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -109,8 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
     configure_logging(given.pop("log"))
     given.pop("verb")
     assert function is not None
+    parameters = inspect.signature(function).parameters.values()
+    unnamed = [given.pop(p.name) for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     try:
-        function(**given)
+        function(*unnamed, **given)
     except InputError as error:
         log.error("%s: %s", chosen, error)
         return 2

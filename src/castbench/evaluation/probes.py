@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from castbench.evaluation.trained import load_run, read_run
 from castbench.labels import TARGETS
 from castbench.materials.targets import target_values
 from castbench.models.base import Network
-from castbench.models.batch import Batch
+from castbench.models.batch import GROUP, Batch
 from castbench.models.cross_attention import Cast, MaskedNodePretraining
 from castbench.provenance import atomic_path
 from castbench.text.parts import PARTS
@@ -123,7 +123,15 @@ def truth_of(record: dict[str, Any], materials: Path) -> np.ndarray | None:
     return target_values(table, record["target"])
 
 
-Row = tuple[str, str | None, float | None, int, float]  # condition, part, share, draw, value
+class Row(NamedTuple):
+    """What one text of a crystal gave; see `SCHEMA`."""
+
+    condition: str
+    part: str | None
+    share: float | None
+    draw: int
+    value: float
+
 
 
 class Subject:
@@ -195,7 +203,8 @@ class Subject:
         special = torch.from_numpy(reading.part == SPECIAL).to(self.device)
         blank = torch.where(special, ids, self.pad_id)
         method = LayerIntegratedGradients(predict, self.network.text.encoder.embeddings)
-        gradients = method.attribute(ids, baselines=blank, n_steps=STEPS, internal_batch_size=STEPS)
+        # At most a group: the embeddings, whose output is replaced, must be called once for a batch.
+        gradients = method.attribute(ids, baselines=blank, n_steps=STEPS, internal_batch_size=GROUP)
         return gradients[0].sum(dim=-1).detach().double().cpu().numpy()
 
     @property
@@ -232,7 +241,7 @@ class Subject:
         if not self.masked:
             yield from self.deletions(row, reading, rng, ask)
         for what, value in zip(asked, self.values(row, texts), strict=True):
-            yield (*what, float(value))
+            yield Row(*what, float(value))
 
     def deletions(
         self, row: int, reading: Reading, rng: np.random.Generator, ask: Callable[..., None]
@@ -243,8 +252,9 @@ class Subject:
         counts = np.bincount(reading.part, minlength=len(LABELS))
         for name, weights in (("attention", attention), ("attribution", attribution / attribution.sum())):
             for part, mass in zip(LABELS, reading.by_part(weights), strict=True):
-                yield name, part, counts[LABELS.index(part)] / len(reading.ids), 0, float(mass)
-        yield "rank correlation", None, None, 0, spearman(attention[inner], attribution[inner])
+                share = counts[LABELS.index(part)] / len(reading.ids)
+                yield Row(name, part, share, 0, float(mass))
+        yield Row("rank correlation", None, None, 0, spearman(attention[inner], attribution[inner]))
         orders = [("delete attended", inner[np.argsort(-attention[inner], kind="stable")], 0)]
         orders += [("delete attributed", inner[np.argsort(-attribution[inner], kind="stable")], 0)]
         orders += [("delete random", rng.permutation(inner), draw) for draw in range(DRAWS)]

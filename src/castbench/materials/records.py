@@ -158,6 +158,8 @@ def read_material(path: Path) -> Material:
     Raises:
         InputError: there is no usable crystal in it.
     """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; give one with a crystal, such as a CIF")
     for name, record in read_records(path):
         try:
             if isinstance(record, RecordError):

@@ -94,8 +94,10 @@ def _nothing(settings: dict[str, Any], reason: str, path: Path) -> None:
 # --- for the browser ---------------------------------------------------------------------------------
 
 
-def browser_maps(maps: dict[str, Any]) -> dict[str, Any]:
+def browser_maps(maps: dict[str, Any], rows: dict[str, tuple[str, str]] | None = None) -> dict[str, Any]:
     """The maps as the report embeds them, at most `MAX_PAYLOAD` bytes of base64 in all.
+
+    `rows` are label and colour of each model; by default those of CAST without and with pretraining.
 
     A weight w is the byte 255 sqrt(w / top), `top` being the crystal's largest: small weights keep their digits.
     Bytes are in the order model, layer, head, node, word, compressed as zlib does.
@@ -105,11 +107,11 @@ def browser_maps(maps: dict[str, Any]) -> dict[str, Any]:
         if sum(len(entry["data"]) for entry in materials) <= MAX_PAYLOAD:
             break
         log.warning("attention maps are cut to fewer nodes, to keep the report small")
-    roles = dict(ROLES)
+    rows = rows or {model: (role, MODELS[model].colour) for model, role in ROLES}
     return {
         "labels": maps["labels"],
         "colours": PART_COLOURS,
-        "rows": [{"label": roles[m], "colour": MODELS[m].colour} for m in maps["models"]],
+        "rows": [{"label": rows[m][0], "colour": rows[m][1]} for m in maps["models"]],
         "materials": materials,
     }
 
@@ -425,6 +427,7 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
     with drawing(settings, path) as made:
         figure, axes = panels(len(models), 3, (3.2, 2.3), sharey=True, sharex=True)
         made.append(figure)
+        highest = evidence.loc[evidence["measure"] == "deletion", "mean"].max()
         for axis, model in zip(axes, models, strict=True):
             of_model = evidence[evidence["model"] == model]
             for order in ORDERS:
@@ -444,7 +447,7 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
                 transform=axis.transAxes, va="top", size=6.5,
             )  # fmt: skip
             axis.grid(visible=True)
-            axis.set(xlim=(0, 100), ylim=(0, None))
+            axis.set(xlim=(0, 100), ylim=(0, 1.6 * highest or 1))  # room for the numbers
             axis.set_xlabel("tokens taken out (%)")
         axes[0].set_ylabel(f"absolute change\nof the prediction ({unit})")
         handles = [

@@ -41,9 +41,9 @@ function sized(canvas, width, height) {
   pen.fillStyle = getComputedStyle(document.body).color;
   return pen;
 }
-function legend(place, limit) {
+function legend(place, limit, colours = SCALE.map(css)) {
   place.replaceChildren("attention 0 ", Object.assign(document.createElement("i"), { className: "ramp" }), ` ${digits(limit)} and more`);
-  place.querySelector("i").style.background = `linear-gradient(90deg, ${SCALE.map(css).join(",")})`;
+  place.querySelector("i").style.background = `linear-gradient(90deg, ${colours.join(",")})`;
 }
 // Coloured names of the parts that occur.
 function key(place, labels, colours, parts) {
@@ -60,6 +60,7 @@ async function drawMaps(view) {
   const find = (name) => view.querySelector(`.${name}`);
   const [picker, layerPicker, headPicker] = ["material", "layer", "head"].map((name) => find(`pick-${name}`));
   data.materials.forEach((m, i) => picker.append(option(i, `${m.formula} (${m.material_id})${m.why ? `: ${m.why}` : ""}`)));
+  picker.parentElement.hidden = data.materials.length < 2;
   let material, weights, layers, heads, nodes, words;
   const MEAN = 0; // column 0 is the mean over heads, column h the head h
 
@@ -237,16 +238,16 @@ async function drawText(view) {
     const inner = values.filter((_, word) => data.labels[data.parts[word]] !== "[CLS], [SEP]");
     const limit = Math.max(...inner) || 1;
     spans.forEach((span, word) => {
-      const colour = viridis(values[word] / limit);
-      span.style.background = css(colour);
-      span.style.color = colour[1] > 140 ? "#111" : "#fff";
+      const share = Math.min(values[word] / limit, 1);
+      span.style.background = `rgb(230 159 0 / ${share})`;
+      span.style.color = share > 0.5 ? "#111" : "";
       span.onmousemove = (event) => showTip(event, [
         data.words[word], `${data.labels[data.parts[word]]}, word ${word + 1} of ${words}`,
         `attention of [CLS] ${digits(values[word])}`, `layer ${layer + 1}, ${head ? `head ${head}` : "mean over heads"}`,
       ]);
       span.onmouseleave = hideTip;
     });
-    legend(find("legend"), limit);
+    legend(find("legend"), limit, ["rgb(230 159 0 / 0)", "rgb(230 159 0)"]);
     const share = new Map();
     values.forEach((value, word) => share.set(data.parts[word], (share.get(data.parts[word]) || 0) + value));
     find("facts-line").textContent = `Share of attention: ${[...share].sort((a, b) => b[1] - a[1]).map(([part, sum]) => `${data.labels[part]} ${(100 * sum).toFixed(1)} %`).join(", ")}`;
