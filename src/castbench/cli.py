@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import sys
 import types
 import typing
@@ -40,6 +41,7 @@ VERBS = {
     "render_report": "castbench.report.html",
     "explain": "castbench.report.explain",
 }
+ONLINE = ("prefetch_encoder",)  # the verbs that ask the Hugging Face Hub
 log = logging.getLogger("castbench")
 
 
@@ -103,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="castbench", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen = next((word for word in arguments if word in VERBS), None)
+    if chosen not in ONLINE:  # read by the Hub's client when it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
     function: Callable[..., None] | None = None
     for verb in VERBS:
         child = verbs.add_parser(verb)
