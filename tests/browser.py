@@ -12,8 +12,8 @@ from typing import Any
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--disable-extensions", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--disable-extensions", "--remote-debugging-pipe",
 )  # fmt: skip
 WAIT = 60  # seconds for anything
 
@@ -27,12 +27,18 @@ def find_chromium() -> str | None:
 class Page:
     """A page in a browser of its own.
 
-    `errors` are uncaught exceptions and what the console reported as errors; `requests` the addresses that the
-    page asked for.
+    `errors` are uncaught exceptions and what the console reported as errors; `requests` the addresses that
+    the page asked for.
     """
 
     def __init__(self, program: str, profile: Path, width: int = 1280, height: int = 900):
-        command = [program, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+        command = [
+            program,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         # Chromium reads from 3 and writes to 4.

@@ -44,7 +44,16 @@ def write_encoder(folder: Path) -> None:
 
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + ["å", "°"]
     words = ["is", "cubic", "bonded", "space", "group", "atoms", "the", "to"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *(f"##{x}" for x in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *letters,
+        *(f"##{x}" for x in letters),
+    ]
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=600, **sizes)
     model = BertModel(config)

@@ -234,7 +234,9 @@ def evidence_inputs(wildcards):
 def shown_attention(wildcards):
     """What the report shows of attention beside its figures."""
     folder = f"results/{wildcards.dataset}"
-    return [f"{folder}/attention/text.json", f"{folder}/tables/evidence.csv"] * bool(PROBED)
+    return [f"{folder}/attention/text.json", f"{folder}/tables/evidence.csv"] * bool(
+        PROBED
+    )
 
 
 def attention_inputs(wildcards):

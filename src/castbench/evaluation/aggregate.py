@@ -239,7 +239,9 @@ def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
     }
     rows = []
     for target in ordered_targets(settings):
-        first, second = (read_errors(results, target, m, settings["seeds"]) for m in ("cast", "structure_only"))
+        first, second = (
+            read_errors(results, target, m, settings["seeds"]) for m in ("cast", "structure_only")
+        )
         if first.empty or second.empty:
             continue
         difference = first - second.loc[first.index]
@@ -250,7 +252,8 @@ def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
                 if not len(values):
                     continue
                 mean, low, high = mean_interval(values)
-                row = {"target": target, "unit": TARGETS[target].unit, "by": by, "group": group}
+                row: dict[str, Any] = {"target": target, "unit": TARGETS[target].unit}
+                row |= {"by": by, "group": group}
                 row |= {"difference": mean, "low": low, "high": high, "n": len(values)}
                 rows.append(row if len(values) >= 5 else row | {"low": np.nan, "high": np.nan})
     columns = ["target", "unit", "by", "group", "difference", "low", "high", "n"]

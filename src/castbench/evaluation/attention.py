@@ -277,11 +277,11 @@ def pick(facts: pd.DataFrame, material: str | None) -> list[dict[str, Any]]:
         ("highest symmetry", facts["spacegroup"]),
         *[("next largest error of CAST", facts["cast"])] * SHOWN,
     ]
-    chosen = {material: "as configured"} if material else {}
+    chosen: dict[str, str] = {material: "as configured"} if material else {}
     for why, measure in lines:
         left = measure.drop(list(chosen), errors="ignore").dropna()
         if len(left) and len(chosen) < SHOWN:
-            chosen[left.idxmax()] = why
+            chosen[str(left.idxmax())] = why
     return [{"material_id": material_id, "why": why} for material_id, why in chosen.items()]
 
 
@@ -297,9 +297,7 @@ def describe_crystals(
     """Add to the picked crystals: formula, split, names of the nodes, words and their parts, sizes."""
     packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
     ids = [entry["material_id"] for entry in shown]
-    table = pq.read_table(
-        materials, columns=["material_id", "formula"], filters=[("material_id", "in", ids)]
-    )
+    table = pq.read_table(materials, columns=["material_id", "formula"], filters=[("material_id", "in", ids)])
     formulas = dict(zip(table["material_id"].to_pylist(), table["formula"].to_pylist(), strict=True))
     rows = {material_id: row for row, material_id in enumerate(crystals.material_ids)}
     texts = dict(read_texts(descriptions, [rows[material_id] for material_id in ids]))

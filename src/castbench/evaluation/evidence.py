@@ -1,4 +1,4 @@
-"""What attention and the probes say, in numbers: each with its crystals and a bootstrap interval over them."""
+"""What attention and the probes say, in numbers, each with its crystals and a bootstrap interval."""
 
 import logging
 from collections.abc import Iterator
@@ -122,8 +122,8 @@ def probe_rows(frame: pd.DataFrame, unit: str) -> Iterator[dict[str, Any]]:
     yield number("tokens", "[CLS], [SEP]", special["share"])
     areas = {}
     for order in ORDERS:
-        curve = conditions[f"delete {order}"].groupby(["material_id", "share"])["change"].mean().unstack()
-        for share in curve:
+        curve = conditions[f"delete {order}"].pivot_table("change", "material_id", "share")
+        for share in curve.columns.to_numpy(float):
             yield number("deletion", order, curve[share], unit, float(share))
         shares_of_curve = np.array([0, *curve.columns], float)
         values = np.concatenate([np.zeros((len(curve), 1)), curve.to_numpy()], axis=1)

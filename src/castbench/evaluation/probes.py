@@ -133,12 +133,17 @@ class Row(NamedTuple):
     value: float
 
 
-
 class Subject:
     """A trained network that reads any text, and the crystals that it is asked about."""
 
     def __init__(
-        self, run: Path, record: dict[str, Any], graphs: Path, tokens: Path, encoder: Path, device: str = "cpu"
+        self,
+        run: Path,
+        record: dict[str, Any],
+        graphs: Path,
+        tokens: Path,
+        encoder: Path,
+        device: str = "cpu",
     ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,7 +171,7 @@ class Subject:
 
     @torch.inference_mode()
     def values(self, row: int, texts: list[np.ndarray]) -> np.ndarray:
-        """Predictions (texts,) in the target's unit; of a pretraining, the number of hidden nodes named right."""
+        """Predictions (texts,) in the target's unit; of a pretraining, the hidden nodes named right."""
         found = []
         for start in range(0, len(texts), BATCH):
             part = texts[start : start + BATCH]
@@ -180,7 +185,7 @@ class Subject:
 
     @torch.inference_mode()
     def attention(self, row: int, reading: Reading) -> np.ndarray:
-        """Attention to each token (T,), sum 1: of the nodes over all layers and heads, or of the last [CLS]."""
+        """Attention to each token (T,), sum 1: CAST's over layers, heads and nodes; else the last [CLS]'s."""
         batch = self.batch(row, [reading.ids])
         network: Any = self.network
         if isinstance(network, Cast):
@@ -282,7 +287,7 @@ def shuffle_sentences(reading: Reading, rng: np.random.Generator) -> np.ndarray:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Rank correlation of two vectors (n,), ties by their mean rank; NaN where one does not vary."""
-    ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
-    if any(r.std() == 0 for r in ranks):
+    one, other = (pd.Series(values).rank().to_numpy() for values in (first, second))
+    if one.std() == 0 or other.std() == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])

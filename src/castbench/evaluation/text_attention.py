@@ -1,7 +1,7 @@
-"""What [CLS] attends to in the text encoder: Figures 3 and 4 of CrysMMNet's supplement (Das et al., UAI 2023).
+"""What [CLS] attends to in the text encoder: Figures 3 and 4 of CrysMMNet's supplement (Das et al. 2023).
 
-The supplement shows "the 5th layer" of MatSciBERT with BertViz, which counts from 0: the fifth or the sixth layer
-may be meant, and all layers are kept here.
+The supplement shows "the 5th layer" of MatSciBERT with BertViz, which counts from 0: the fifth or the sixth
+layer may be meant, and all layers are kept here.
 """
 
 import logging
@@ -12,10 +12,10 @@ import torch
 
 from castbench.errors import InputError
 from castbench.provenance import write_json
-from castbench.text.encoders import LayeredEncoder, read_manifest
+from castbench.text import read_encoder
+from castbench.text.encoders import LayeredEncoder
 from castbench.text.parts import PARTS
 from castbench.text.reading import LABELS, Reader
-from castbench.text.tokens import PackedTokens
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def extract_text_attention(
             "material_id": material,
             "formula": " ".join(formula) or material,
             "text": reading.text,
-            "encoder": {key: read_manifest(encoder)[key] for key in ("id", "revision")},
+            "encoder": {key: read_encoder(encoder)[key] for key in ("id", "revision")},
             "labels": LABELS,
             "words": reading.words,
             "parts": reading.part_of_word,

@@ -29,6 +29,9 @@ MAX_WORDS = 90  # of a printed map
 MAX_PAYLOAD = 3_000_000  # bytes of base64 in the report
 NODES = (32, 16, 8, 4)  # nodes that a drawn map keeps: the first number with which the payload fits
 ROLES = (("cast_scratch", "CAST without pretraining"), ("cast", "CAST with pretraining"))
+ORDER_NAMES = {
+    "attended": "most attended first", "attributed": "largest gradients first", "random": "at random",
+}  # fmt: skip
 # Paul Tol's "light" scheme, dark enough for a label of its own; the last is [CLS] and [SEP].
 PART_COLOURS = (
     "#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#DDDDDD", "#AAAAAA",
@@ -99,7 +102,7 @@ def browser_maps(maps: dict[str, Any], rows: dict[str, tuple[str, str]] | None =
 
     `rows` are label and colour of each model; by default those of CAST without and with pretraining.
 
-    A weight w is the byte 255 sqrt(w / top), `top` being the crystal's largest: small weights keep their digits.
+    A weight w is the byte 255 sqrt(w / top), `top` being the crystal's largest: small weights keep digits.
     Bytes are in the order model, layer, head, node, word, compressed as zlib does.
     """
     for nodes in NODES:
@@ -226,9 +229,8 @@ def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
         )
         made.append(figure)
         axes = []
-        for part, (model, role) in zip(
-            np.atleast_1d(figure.subfigures(len(present), 1)), present, strict=True
-        ):
+        subfigures = figure.subfigures(len(present), 1, squeeze=False)[:, 0]
+        for part, (model, role) in zip(subfigures, present, strict=True):
             part.suptitle(role, color=MODELS[model].colour, size=9.5, weight="bold", ha="left", x=0.02)
             grid = part.subplots(layers, heads, squeeze=False)
             for (layer, head), axis in np.ndenumerate(grid):
@@ -283,9 +285,7 @@ def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) 
             axis.set_xlim(max(similarity["low"].min() - 0.02, 0), 1)
             pairs = chosen.groupby("model")["count"].sum().max()
             axis.set_title(f"layer {layer}" if line == 0 else "")
-            axis.text(
-                0.03, 0.96, f"n = {pairs:,}", transform=axis.transAxes, va="top", size=6.5, color=MUTED
-            )
+            axis.text(0.03, 0.96, f"n = {pairs:,}", transform=axis.transAxes, va="top", size=6.5, color=MUTED)
             axis.set_xlabel("cosine similarity" if line else "")
             axis.set_ylabel(f"node pairs (%)\n{name}" if column == 0 else "")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -307,7 +307,7 @@ def _text(settings: dict[str, Any], text: dict[str, Any], path: Path) -> None:
             layout="constrained",
         )
         made.append(figure)
-        parts = np.atleast_1d(figure.subfigures(len(chosen), 1))
+        parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
         for part, layer in zip(parts, chosen, strict=True):
             part.suptitle(layer_name(layer), size=9.5, weight="bold", ha="left", x=0.02)
             grid = part.subplots(
@@ -340,9 +340,8 @@ def layer_name(layer: int) -> str:
 def intervals(axis: Axes, rows: pd.DataFrame, places: np.ndarray, **style: Any) -> None:
     """Points with their bootstrap intervals, one a row, at heights `places`."""
     spread = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
-    axis.errorbar(
-        rows["mean"], places, xerr=spread, **({"fmt": "o", "markersize": 4, "elinewidth": 1} | style)
-    )
+    options: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, **style}
+    axis.errorbar(rows["mean"], places, xerr=spread, **options)
 
 
 def _by_part(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str], path: Path) -> None:
@@ -422,8 +421,7 @@ def _changes(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
 
 def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str], path: Path) -> None:
     unit = evidence.loc[evidence["measure"] == "change", "unit"].iloc[0]
-    styles = {"attended": "-", "attributed": "--", "random": ":"}
-    names = {"attended": "most attended first", "attributed": "largest gradients first", "random": "at random"}
+    styles: dict[str, Any] = {"attended": "-", "attributed": "--", "random": ":"}
     with drawing(settings, path) as made:
         figure, axes = panels(len(models), 3, (3.2, 2.3), sharey=True, sharex=True)
         made.append(figure)
@@ -437,7 +435,9 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
                 colour = MUTED if order == "random" else MODELS[model].colour
                 axis.plot(x, [0, *rows["mean"]], color=colour, linestyle=styles[order])
                 if order != "attributed":
-                    axis.fill_between(x, [0, *rows["low"]], [0, *rows["high"]], color=colour, alpha=0.15, lw=0)
+                    axis.fill_between(
+                        x, [0, *rows["low"]], [0, *rows["high"]], color=colour, alpha=0.15, lw=0
+                    )
             area = of_model[of_model["about"] == "attended minus random"].iloc[0]
             axis.set_title(model_label(model), color=MODELS[model].colour)
             axis.text(
@@ -454,7 +454,7 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
             plt.Line2D([], [], color=MUTED if order == "random" else INK, linestyle=style)
             for order, style in styles.items()
         ]
-        figure.legend(handles, [names[o] for o in styles], loc="outside lower center", ncols=3)
+        figure.legend(handles, [ORDER_NAMES[o] for o in styles], loc="outside lower center", ncols=3)
 
 
 def embed_json(content: Any) -> str:

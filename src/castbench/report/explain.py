@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -22,7 +21,8 @@ from castbench.labels import MODELS, TARGETS
 from castbench.materials.records import Material, read_material, to_table
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path
-from castbench.report.attention import PART_COLOURS, browser_maps, embed_json, quantised
+from castbench.report.attention import ORDER_NAMES, PART_COLOURS, browser_maps, quantised
+from castbench.report.html import json_element
 from castbench.text.descriptions import describe_crystal
 from castbench.text.packed import read_manifest
 from castbench.text.reading import LABELS, Reader, Reading
@@ -68,7 +68,7 @@ def explain(run: Path, crystal: Path, /, output: Path | None = None) -> None:
         loader=jinja2.PackageLoader("castbench.report"),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters["json"] = lambda data: markupsafe.Markup(embed_json(data))
+    environment.filters["json"] = json_element
     with atomic_path(output) as partial:
         partial.write_text(environment.get_template("explain.html").render(content), encoding="utf-8")
     log.info("%s: %.3f %s; the page is %s", material.crystal.formula, content["prediction"], content["unit"],
@@ -95,9 +95,7 @@ def make_caches(
     settings = json.loads((results / "graphs" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     build_graphs(settings, folder / "materials.parquet", folder / "graphs", threads=1)
     describe_crystal(crystal, folder / "descriptions.parquet")
-    tokenize_text(
-        {"max_tokens": max_tokens}, folder / "descriptions.parquet", encoder, folder / "tokens"
-    )
+    tokenize_text({"max_tokens": max_tokens}, folder / "descriptions.parquet", encoder, folder / "tokens")
 
 
 def page_content(
@@ -129,9 +127,7 @@ def page_content(
     }
 
 
-def views(
-    subject: Subject, material: Material, reading: Reading, label: str, colour: str
-) -> dict[str, Any]:
+def views(subject: Subject, material: Material, reading: Reading, label: str, colour: str) -> dict[str, Any]:
     """Data of the interactive views: of CAST the map of its nodes, of others [CLS]; and the gradients."""
     words = {
         "material_id": material.material_id, "formula": material.crystal.formula, "words": reading.words,
@@ -190,9 +186,8 @@ def part_rows(frame: pd.DataFrame, own: float, reading: Reading) -> list[dict[st
 
 def curve_rows(frame: pd.DataFrame, own: float) -> list[tuple[str, list[tuple[float, float]]]]:
     """(order of deletion, [(share taken out, absolute change)])."""
-    names = {"attended": "most attended first", "attributed": "largest gradients first", "random": "at random"}
     curves = []
-    for order, name in names.items():
+    for order, name in ORDER_NAMES.items():
         chosen = frame[frame["condition"] == f"delete {order}"]
         change = (chosen["value"] - own).abs().groupby(chosen["share"]).mean()
         curves.append((name, list(zip(change.index.tolist(), change.tolist(), strict=True))))

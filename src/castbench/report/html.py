@@ -71,7 +71,10 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "significant": significant, "fixed": fixed, "code": code}
-    environment.filters |= {"json": lambda content: markupsafe.Markup(embed_json(content)), "interval": interval}
+    environment.filters |= {
+        "json": lambda content: markupsafe.Markup(embed_json(content)),
+        "interval": interval,
+    }
     environment.globals |= {
         "figure": lambda name: embed(results / "figures" / name),
         "caption": caption,
@@ -280,6 +283,11 @@ def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:
     return [PRETRAINING[name] for name in columns], frame[columns].astype(object).to_numpy().tolist()
 
 
+def json_element(content: Any) -> markupsafe.Markup:
+    """JSON that may stand in a script element."""
+    return markupsafe.Markup(embed_json(content))
+
+
 def interval(row: dict[str, Any] | None, scale: float = 1, decimals: int = 3, sign: bool = False) -> str:
     """A mean with its 95 % interval; a dash for none."""
     if row is None or math.isnan(row["mean"]):
@@ -340,8 +348,8 @@ def verdict(rows: dict[str, dict[str, Any]], layers: list[int]) -> str:
     seen = "seen" if lower == len(changes) else "seen in part" if lower else "not seen"
     return (
         f"The paper reports that with pretraining the nodes of a crystal read more varied words. Here their "
-        f"attention is less alike with pretraining in {lower} of {len(changes)} layers and more alike in {higher} "
-        f"(the interval excludes zero): the effect is {seen}."
+        f"attention is less alike with pretraining in {lower} of {len(changes)} layers and more alike in "
+        f"{higher} (the interval excludes zero): the effect is {seen}."
     )
 
 

@@ -142,7 +142,8 @@ def describe_crystal(crystal: Path, output: Path, time_limit: float = 600) -> No
 
 def describe_alone(crystal: Crystal, time_limit: float) -> tuple[str | None, str, float]:
     """Text (None where there is none), status and seconds of one crystal, in a process of its own."""
-    with Worker(describe, prepare_worker, time_limit) as worker:
+    robocrystallographer.check_versions()
+    with Worker(robocrystallographer.describe, robocrystallographer.prepare, time_limit) as worker:
         worker.start()
         start = time.perf_counter()
         text, status = worker(pack_crystals([crystal])[0].as_py())

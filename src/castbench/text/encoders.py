@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,8 +85,9 @@ class LayeredEncoder(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As `run`, with each layer's attention (B, H, T, T) by an explicit softmax; exactly 0 at padding."""
         maps = []
-        for layer in self.layers[start:stop]:
-            attention: Any = layer.attention.self  # type: ignore[union-attr]
+        layers: list[Any] = list(self.layers[start:stop])
+        for layer in layers:
+            attention = layer.attention.self
 
             def heads(states: torch.Tensor, n: int = attention.num_attention_heads) -> torch.Tensor:
                 return states.unflatten(-1, (n, -1)).transpose(1, 2)
@@ -96,7 +98,7 @@ class LayeredEncoder(nn.Module):
             scores_BHTT = q_BHTd @ k_BHTd.mT / q_BHTd.shape[-1] ** 0.5
             weights_BHTT = scores_BHTT.masked_fill(~mask_BT[:, None, None, :], -torch.inf).softmax(dim=-1)
             context_BTd = (weights_BHTT @ v_BHTd).transpose(1, 2).flatten(2)
-            hidden_BTd = layer.feed_forward_chunk(layer.attention.output(context_BTd, hidden_BTd))  # type: ignore
+            hidden_BTd = layer.feed_forward_chunk(layer.attention.output(context_BTd, hidden_BTd))
             maps.append(weights_BHTT)
         return hidden_BTd, maps
 

@@ -1,7 +1,7 @@
 """What the words of a description are about: its parts, as robocrystallographer writes them.
 
-A description begins with one sentence on formula, mineral and symmetry; one on dimensionality may follow; then
-sites are described one after another, each with its coordination, tilt angles and bond lengths
+A description begins with one sentence on formula, mineral and symmetry; one on dimensionality may follow;
+then sites are described one after another, each with its coordination, tilt angles and bond lengths
 (robocrys.describe.describer). A text of another kind has the part "other" alone.
 """
 
@@ -32,7 +32,8 @@ class Span(NamedTuple):
 # A sentence ends at a full stop before a space and a capital; numbers and formulas have none inside.
 END = re.compile(r"(?<=\.)\s+(?=[A-Z(])")
 OPENING = re.compile(
-    r"(?P<formula>\S+)(?P<mineral> is .+? structured and)?(?P<symmetry> crystallizes in the .+ space group\.?)"
+    r"(?P<formula>\S+)(?P<mineral> is .+? structured and)?"
+    r"(?P<symmetry> crystallizes in the .+ space group\.?)"
 )
 COMPONENTS = re.compile(r"The structure (is \S+-dimensional and )?consists of ")
 # "In the ZrO2 framework," "In each Te ribbon," "In two of the MoS2 sheets,": where a component begins.
@@ -48,7 +49,7 @@ SITES = re.compile(
 
 
 def find_parts(text: str) -> list[Span]:
-    """The parts of a description, in order: together every character but the white space between sentences."""
+    """The parts of a description, in order: all of it but the white space between sentences."""
     spans = []
     start = 0
     for number, stop in enumerate([*(match.start() for match in END.finditer(text)), len(text)]):

@@ -71,7 +71,7 @@ class Reader:
         self.tokenizer = load_tokenizer(encoder)
         self.max_tokens, self.normalise = max_tokens, normalise
         if not self.tokenizer.is_fast:
-            raise InputError(f"{encoder}: has no fast tokenizer, which tells the place of a token in the text")
+            raise InputError(f"{encoder}: has no fast tokenizer, which knows a token's place in the text")
 
     @classmethod
     def of(cls, tokens: Path, encoder: Path) -> Self:
@@ -94,9 +94,7 @@ class Reader:
             ids, offsets = [*ids[: self.max_tokens - 1], sep], [*offsets[: self.max_tokens - 1], (0, 0)]
         return self._label(text, ids, offsets, n_full)
 
-    def _label(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]], n_full: int
-    ) -> Reading:
+    def _label(self, text: str, ids: list[int], offsets: list[tuple[int, int]], n_full: int) -> Reading:
         characters = [(match.start(), match.group()) for match in re.finditer(r"\S+", text)]
         starts = np.array([start for start, _ in characters], dtype=np.int64)
         spans = find_parts(text)
@@ -106,16 +104,18 @@ class Reader:
         for token, (start, stop) in zip(ids, offsets, strict=True):
             if start == stop:
                 words.append(str(self.tokenizer.convert_ids_to_tokens(token)))
-                part.append(SPECIAL), sentence.append(-1)
+                part.append(SPECIAL)
+                sentence.append(-1)
             else:
-                start += len(text[start:stop]) - len(text[start:stop].lstrip())  # byte-level pieces hold a space
+                start += len(text[start:stop]) - len(
+                    text[start:stop].lstrip()
+                )  # byte-level pieces hold a space
                 place = int(np.searchsorted(starts, start, side="right")) - 1
                 if place != seen:
                     words.append(characters[place][1])
                     seen = place
                 span = spans[max(int(np.searchsorted(span_starts, start, side="right")) - 1, 0)]
-                part.append(PARTS.index(span.part)), sentence.append(span.sentence)
+                part.append(PARTS.index(span.part))
+                sentence.append(span.sentence)
             word.append(len(words) - 1)
-        return Reading(
-            text, np.array(ids), words, np.array(word), np.array(part), np.array(sentence), n_full
-        )
+        return Reading(text, np.array(ids), words, np.array(word), np.array(part), np.array(sentence), n_full)

@@ -184,7 +184,7 @@ def test_picked_crystals_differ_and_say_why():
     ids = [entry["material_id"] for entry in chosen]
     assert len(ids) == len(set(ids)) == 12
     why = {entry["why"]: entry["material_id"] for entry in chosen}
-    assert list(why)[0] == "as configured" and why["most nodes"] == "c39"
+    assert next(iter(why)) == "as configured" and why["most nodes"] == "c39"
     assert why["largest error of CAST"] == "c38" and why["smallest error of CAST"] == "c0"
     assert why["CAST better than coGN by most"] == "c7" and why["most truncated text"] == "c2"
     facts["structure_only"] = np.nan

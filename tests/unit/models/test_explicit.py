@@ -1,4 +1,4 @@
-"""The explicit attention of every model that reads text: same outputs, rows that sum to 1, nothing at padding."""
+"""Explicit attention of every model that reads text: same outputs, rows sum to 1, nothing at padding."""
 
 import pytest
 import torch

@@ -64,7 +64,11 @@ def write_attention(results, models=("cast_scratch", "cast")):
 def write_probes(file, rng):
     """Invented answers of a model to other texts of seven crystals."""
     asked = [("own", None, 0.0), ("none", None, 1.0), ("another crystal's", None, 1.0)]
-    asked += [("sentences shuffled", None, 0.0), ("only formula", None, None), ("rank correlation", None, None)]
+    asked += [
+        ("sentences shuffled", None, 0.0),
+        ("only formula", None, None),
+        ("rank correlation", None, None),
+    ]
     for part in ("formula", "mineral", "symmetry", "[CLS], [SEP]"):
         asked += [("attention", part, 0.2), ("attribution", part, 0.2)]
         asked += [("without", part, 0.2), ("random", part, 0.2)] if part[0] != "[" else []

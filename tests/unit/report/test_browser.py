@@ -32,7 +32,8 @@ def point_at(page, node, word, row=0):
     """Move the mouse to a cell of the large map, and read the tooltip."""
     page.run("document.querySelector('.detail').scrollIntoView({block: 'center'})")
     x, y = page.run(
-        f"""(() => {{ const c = document.querySelector('.detail canvas'), b = c.getBoundingClientRect(), d = c.dataset;
+        f"""(() => {{ const c = document.querySelector('.detail canvas');
+        const b = c.getBoundingClientRect(), d = c.dataset;
         return [b.x + +d.margin + ({word} + 0.5) * d.wide,
                 b.y + {row} * d.block + +d.top + ({node} + 0.5) * d.high]; }})()"""
     )

@@ -5,7 +5,6 @@ import pytest
 
 from castbench.cli import main
 from castbench.evaluation.probes import Subject
-from castbench.evaluation.trained import read_run
 from castbench.provenance import write_json
 from small_study import write_study
 
@@ -42,7 +41,9 @@ def crystal(tmp_path):
 
 def data_of(page, kind):
     """What the page's interactive view draws."""
-    found = re.search(rf'<div class="view {kind}-view.*?<script type="application/json">(.*?)</script>', page, re.S)
+    found = re.search(
+        rf'<div class="view {kind}-view.*?<script type="application/json">(.*?)</script>', page, re.S
+    )
     return json.loads(found[1].replace("<\\/", "</"))
 
 

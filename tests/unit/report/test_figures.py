@@ -3,7 +3,6 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pandas as pd
-import pytest
 from PIL import Image
 
 from castbench.labels import MODELS

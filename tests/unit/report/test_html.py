@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from castbench.provenance import write_json
 from castbench.report.html import (
     attention_summary,
     code,

@@ -12,8 +12,8 @@ PEROVSKITE = (
     "There are two shorter (2.35 Å) and two longer (2.47 Å) Ca(1)-O(1) bond lengths. "
     "Ti(1)4+ is bonded to six O(1)2- atoms to form corner-sharing TiO6 octahedra. "
     "The corner-sharing octahedral tilt angles range from 23-26°. Both Ti(1)-O(1) bond lengths are 1.96 Å. "
-    "There are two inequivalent O2- sites. In the first O2- site, O(1)2- is bonded in a 4-coordinate geometry "
-    "to two equivalent Ca(1)2+ atoms."
+    "There are two inequivalent O2- sites. In the first O2- site, O(1)2- is bonded in a 4-coordinate "
+    "geometry to two equivalent Ca(1)2+ atoms."
 )
 
 
@@ -40,8 +40,8 @@ def test_sentences_are_numbered():
 @pytest.mark.parametrize(
     ("sentence", "part"),
     [
-        ("The structure is two-dimensional and consists of one MoS2 sheet oriented in the (0, 0, 1) direction.",
-         "dimensionality"),
+        ("The structure is two-dimensional and consists of one MoS2 sheet oriented in the (0, 0, 1) "
+         "direction.", "dimensionality"),
         ("The structure consists of four hydrogen molecules inside a ZrO2 framework.", "dimensionality"),
         ("Mo(1)4+ is bonded to six equivalent S(1)2- atoms to form edge-sharing MoS6 pentagonal pyramids.",
          "coordination"),
@@ -64,8 +64,9 @@ def test_forms_of_sentences(sentence, part):
 
 def test_a_component_is_named_before_its_sites():
     text = (
-        "MgO crystallizes in the cubic Fm-3m space group. In two of the Te clusters, there are two inequivalent "
-        "Te sites. In the ZrO2 framework, Zr(1) is bonded to six O(1) atoms to form ZrO6 octahedra."
+        "MgO crystallizes in the cubic Fm-3m space group. In two of the Te clusters, there are two "
+        "inequivalent Te sites. In the ZrO2 framework, Zr(1) is bonded to six O(1) atoms to form ZrO6 "
+        "octahedra."
     )
     assert pieces(text)[2:] == [
         ("In two of the Te clusters, ", "dimensionality"),
@@ -88,6 +89,8 @@ def test_published_descriptions_are_understood_to_the_last_character(shared_data
             for line in lines.read().decode().splitlines()[::3]:
                 text = prepare(json.loads(line).get("description") or "")
                 spans = find_parts(text)
-                assert "".join(text[s.start : s.stop] for s in spans).replace(" ", "") == text.replace(" ", "")
+                assert "".join(text[s.start : s.stop] for s in spans).replace(" ", "") == text.replace(
+                    " ", ""
+                )
                 found |= {span.part for span in spans}
     assert found == set(PARTS) - {"other"}

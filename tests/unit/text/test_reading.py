@@ -1,6 +1,6 @@
 import numpy as np
-import pytest
 import pyarrow.parquet as pq
+import pytest
 
 from castbench.text.reading import LABELS, SPECIAL, Reader
 from castbench.text.tokens import PackedTokens
@@ -55,12 +55,17 @@ def test_weights_add_up(encoder):
 
 
 def test_parts_are_found_in_the_text_that_the_tokenizer_saw(encoder):
-    """Normalising changes lengths: ² becomes one sign, an overbar two."""
-    text = "MgO₂ crystallizes in the cubic Fm3̅m space group. All Mg(1)-O(1) bond lengths are 2.12 Å."
+    """Normalising changes lengths: an accent goes, a ligature becomes two signs."""
+    text = (
+        "MgO is Lazarevićite structured and crystallizes in the cubic Fm-3m space group. All Mg(1)-O(1) bond "
+        "lengths are ﬀ 2.12 Å."
+    )
     reading = Reader(encoder, 512, normalise=True).read(text)
-    assert "Fm-3m" in reading.words and "MgO2" in reading.words
+    assert "Lazarevicite" in reading.words and "ff" in reading.words and "A." in reading.words
     by_word = dict(zip(reading.words, reading.part_of_word, strict=True))
-    assert [LABELS[by_word[w]] for w in ("MgO2", "Fm-3m", "2.12")] == ["formula", "symmetry", "bond lengths"]
+    assert [LABELS[by_word[w]] for w in ("Lazarevicite", "Fm-3m", "2.12")] == [
+        "mineral", "symmetry", "bond lengths",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [None, "", "  \n"])
