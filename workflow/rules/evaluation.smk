@@ -74,7 +74,7 @@ rule extract_text_attention:
         "../../envs/train.yaml"
     params:
         material=TEXT_FILE.stem if TEXT_FILE else config["attention"]["text"],
-        encoder=ENCODER,
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
     shell:
         "python -m castbench extract_text_attention --descriptions {input.descriptions} --material {params.material:q}"
         " --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q} --output {output} --log {log}"
@@ -101,7 +101,7 @@ rule probe_text:
     params:
         settings=settings("attention.probes"),
         run=probed_run,
-        encoder=ENCODER,
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
         device=config["training"]["device"],
     shell:
         "python -m castbench probe_text --settings {params.settings:q} --run {params.run} --materials {input.materials}"

@@ -255,7 +255,7 @@ def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
                 row: dict[str, Any] = {"target": target, "unit": TARGETS[target].unit}
                 row |= {"by": by, "group": group}
                 row |= {"difference": mean, "low": low, "high": high, "n": len(values)}
-                rows.append(row if len(values) >= 5 else row | {"low": np.nan, "high": np.nan})
+                rows.append(row)
     columns = ["target", "unit", "by", "group", "difference", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns)
 

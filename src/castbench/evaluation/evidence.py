@@ -29,7 +29,8 @@ ATTENTION = {
 def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -> None:
     """Write evidence.csv, one row a number.
 
-    A row is the mean over n test crystals and its 95 % bootstrap interval. Draws of anything random are
+    A row is the mean over n test crystals and its 95 % bootstrap interval, which fewer than five crystals do
+    not have. Draws of anything random are
     averaged for each crystal first. Measures, each of `about`:
         similarity, effective tokens (each also "within heads"): of a layer; see `BY_MATERIAL`.
         the same with ", with minus without pretraining": the paired difference.
@@ -67,7 +68,7 @@ def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -
 def number(measure: str, about: object, values: pd.Series, unit: str = "", share: float | None = None) -> Any:
     """A row without its model: mean and interval of `values`, one a crystal, NaN left out."""
     kept = values.dropna().to_numpy(float)
-    mean, low, high = mean_interval(kept) if len(kept) else (np.nan,) * 3
+    mean, low, high = mean_interval(kept)
     row = {"measure": measure, "about": about, "share": share, "mean": mean, "low": low, "high": high}
     return row | {"n": len(kept), "unit": unit}
 

@@ -1,6 +1,7 @@
 """Statistics of the data that the models saw: the paper's Table 2, and the groups that errors fall into."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ SPLITS = ("train", "validation", "test")
 TABLE2 = {**{part: (part,) for part in SPLITS}, "val/test": ("validation", "test"), "all": SPLITS}
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
 SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
+FEWEST = 5  # crystals that an interval is given for: of one, a bootstrap knows none
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
 
@@ -111,11 +113,20 @@ def paired_difference(
     first: np.ndarray, second: np.ndarray, repeats: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean of `first - second`, both (n,), and its 95 % bootstrap interval over the n crystals."""
-    return mean_interval(np.asarray(first) - np.asarray(second), repeats, seed)
+    return _bootstrap(np.asarray(first) - np.asarray(second), repeats, seed)
 
 
 def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals."""
+    """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals.
+
+    The interval is NaN for fewer than `FEWEST` crystals, the mean too for none.
+    """
+    if len(values) < FEWEST:
+        return float(np.mean(values)) if len(values) else math.nan, math.nan, math.nan
+    return _bootstrap(values, repeats, seed)
+
+
+def _bootstrap(values: np.ndarray, repeats: int, seed: int) -> tuple[float, float, float]:
     rng = np.random.default_rng(seed)
     size = (100, len(values))  # a few repeats at a time: memory stays small
     means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(repeats // 100)]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from castbench.evaluation.aggregate import read_json
 from castbench.evaluation.evidence import CHANGES, ORDERS
+from castbench.evaluation.statistics import FEWEST
 from castbench.labels import MODELS
 from castbench.report.figures import INK, MUTED, drawing, empty, model_legend, panels
 from castbench.report.tables import model_label
@@ -399,7 +400,11 @@ def _changes(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
         "change": f"absolute change of the prediction ({unit})",
         "error change": f"change of the error ({unit})",
     }
-    names = {"none": "no text", "only formula": "formula alone"}
+    names = {
+        "none": "no text",
+        "only formula": "formula alone",
+        "another crystal's": "another crystal's text",
+    }
     with drawing(settings, path) as made:
         figure, axes = panels(2, 2, (4.8, 0.8 + 0.15 * len(CHANGES) * len(models)), sharey=True)
         made.append(figure)
@@ -409,7 +414,9 @@ def _changes(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
                 rows = chosen.set_index("about").reindex(list(CHANGES))
                 places = np.arange(len(CHANGES)) + (place - (len(models) - 1) / 2) * 0.15
                 intervals(axis, rows, places, color=MODELS[model].colour)
-            axis.set_yticks(range(len(CHANGES)), [names.get(c, c + " text" * ("'" in c)) for c in CHANGES])
+            n = evidence[evidence["measure"] == measure].groupby("about")["n"].max()
+            shown = [f"{names.get(c, c)} ({n.get(c, 0):.0f})" for c in CHANGES]
+            axis.set_yticks(range(len(CHANGES)), shown)
             axis.set_ylim(len(CHANGES) - 0.5, -0.5)
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x")
@@ -440,10 +447,11 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
                     )
             area = of_model[of_model["about"] == "attended minus random"].iloc[0]
             axis.set_title(model_label(model), color=MODELS[model].colour)
+            known = area["n"] >= FEWEST
+            spread = f" ({area['low']:+.3f} to {area['high']:+.3f})" if known else ""
             axis.text(
                 0.03, 0.96,
-                f"area, attended − random\n{area['mean']:+.3f} ({area['low']:+.3f} to {area['high']:+.3f})"
-                f"\nn = {area['n']:.0f}",
+                f"area, attended − random\n{area['mean']:+.3f}{spread}\nn = {area['n']:.0f}",
                 transform=axis.transAxes, va="top", size=6.5,
             )  # fmt: skip
             axis.grid(visible=True)

@@ -288,13 +288,16 @@ def json_element(content: Any) -> markupsafe.Markup:
     return markupsafe.Markup(embed_json(content))
 
 
-def interval(row: dict[str, Any] | None, scale: float = 1, decimals: int = 3, sign: bool = False) -> str:
-    """A mean with its 95 % interval; a dash for none."""
+def interval(
+    row: dict[str, Any] | None, scale: float = 1, decimals: int = 3, sign: bool = False
+) -> markupsafe.Markup:
+    """A mean and below it its 95 % interval, where it has one; a dash for none."""
     if row is None or math.isnan(row["mean"]):
-        return "–"
+        return markupsafe.Markup("–")
     form = f"{'+' if sign else ''}.{decimals}f"
     low, mean, high = (format(scale * row[key], form) for key in ("low", "mean", "high"))
-    return f"{mean} ({low} to {high})"
+    known = not math.isnan(row["low"])
+    return markupsafe.Markup(mean) + (markupsafe.Markup(f"<small>{low} to {high}</small>") if known else "")
 
 
 def attention_summary(results: Path) -> dict[str, Any]:
@@ -322,6 +325,7 @@ def attention_summary(results: Path) -> dict[str, Any]:
     for row in tables.records(read_evidence(results)):
         if row["measure"] != "deletion":
             rows.setdefault(row["model"], {}).setdefault(row["measure"], {})[row["about"]] = row
+    summary["unit"] = next((r["unit"] for m in rows.values() for r in m.get("change", {}).values()), "")
     summary["rows"] = {model: rows[model] for model in (*MODELS, "masked_node") if model in rows}
     if summary["maps"]:
         by_material = pd.read_parquet(results / "attention" / "by_material.parquet")
