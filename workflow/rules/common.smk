@@ -56,6 +56,7 @@ TABLES = [
     "table2.csv",
     "comparisons.csv",
     "pretraining.csv",
+    "text_gain.csv",
     "runs.csv",
     "runs.jsonl",
 ]
@@ -77,6 +78,12 @@ ATTENTION_FIGURES = {
     "attention_maps": "Cross-attention of one crystal (Figure 2)",
     "attention_heads": "Cross-attention by head",
     "attention_similarity": "Similarity of the nodes' attention (Figure 3)",
+}
+TEXT_FIGURES = {
+    "text_attention": "Attention of [CLS] in the text encoder (CrysMMNet's supplement)",
+    "attention_by_part": "What attention, gradients and predictions care for",
+    "text_changes": "Predictions with other texts",
+    "deletion_curves": "Predictions without the most attended words",
 }
 # of the composition study
 COMPOSITION_TABLES = {
@@ -103,7 +110,20 @@ SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targ
 SHARDS = range(config["text"]["shards"])
 
 
+# Models that read text and so are asked what they make of other texts; so is CAST's pretraining.
+PROBED = [
+    model for model in config["models"] if meaning.text_mode(model, config) != "none"
+]
+if "cast" in PROBED:
+    PROBED.append("masked_node")
+# The crystal of the text encoder's attention: a file to describe, or an id of the data set.
+TEXT_FILE = Path(config["attention"]["text"])
+if not TEXT_FILE.suffix:
+    TEXT_FILE = None
+
+
 wildcard_constraints:
+    probed="|".join(PROBED) or "none",
     dataset=config["dataset"],
     target="|".join(config["targets"]),
     model="|".join(config["models"]),
@@ -207,8 +227,36 @@ def figures(wildcards):
     names = [*DATASET_FIGURES, *RESULT_FIGURES]
     if {"cast", "cast_scratch"} <= set(config["models"]):
         names += ATTENTION_FIGURES
+    if PROBED:
+        names += TEXT_FIGURES
     return expand(
         "results/{dataset}/figures/{name}.svg", dataset=wildcards.dataset, name=names
+    )
+
+
+def probed_run(wildcards):
+    """Folder of the run or pretraining that is probed."""
+    seed, attention = config["training"]["seeds"][0], config["attention"]
+    if wildcards.probed == "masked_node":
+        return f"results/{wildcards.dataset}/pretrain/masked_node/{seed}"
+    return f"results/{wildcards.dataset}/runs/{attention['target']}/{wildcards.probed}/{seed}"
+
+
+def evidence_inputs(wildcards):
+    """What is known of the models' attention."""
+    folder = f"results/{wildcards.dataset}/attention"
+    inputs = {"probes": [f"{folder}/probes/{name}.parquet" for name in PROBED]}
+    if {"cast", "cast_scratch"} <= set(config["models"]):
+        inputs["maps"] = f"{folder}/maps.json"
+        inputs["by_material"] = f"{folder}/by_material.parquet"
+    return inputs
+
+
+def shown_attention(wildcards):
+    """What the report shows of attention beside its figures."""
+    folder = f"results/{wildcards.dataset}"
+    return [f"{folder}/attention/text.json", f"{folder}/tables/evidence.csv"] * bool(
+        PROBED
     )
 
 
