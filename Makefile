@@ -8,7 +8,7 @@ report: venv
 	snakemake --cores all --show-failed-logs
 
 test: venv
-	pytest tests/unit tests/workflow
+	pytest -n 2 --dist loadfile tests/workflow tests/unit
 
 check: venv
 	ruff check .

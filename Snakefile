@@ -22,6 +22,11 @@ include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
 
 
+if config["study"] == "compositions":
+
+    include: "workflow/rules/compositions.smk"
+
+
 rule all:
     default_target: True
     input:

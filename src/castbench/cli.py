@@ -21,6 +21,7 @@ VERBS = {
     "filter_materials": "castbench.materials.filters",
     "split_materials": "castbench.materials.splits",
     "describe_shard": "castbench.text.descriptions",
+    "describe_crystal": "castbench.text.descriptions",
     "gather_descriptions": "castbench.text.descriptions",
     "build_graphs": "castbench.graphs.build",
     "prefetch_encoder": "castbench.text.encoders",
@@ -29,11 +30,29 @@ VERBS = {
     "pretrain_model": "castbench.training.pretrain",
     "train_model": "castbench.training.train",
     "extract_attention": "castbench.evaluation.attention",
+    "extract_text_attention": "castbench.evaluation.text_attention",
+    "probe_text": "castbench.evaluation.probes",
+    "tabulate_evidence": "castbench.evaluation.evidence",
     "aggregate_runs": "castbench.evaluation.aggregate",
     "plot_dataset": "castbench.report.figures",
     "plot_results": "castbench.report.figures",
-    "plot_attention": "castbench.report.figures",
+    "plot_attention": "castbench.report.attention",
+    "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
+    "explain": "castbench.report.explain",
+    "collect_compositions": "castbench.compositions.collect",
+    "aggregate_compositions": "castbench.compositions.collect",
+    "split_compositions": "castbench.compositions.splits",
+    "split_structures": "castbench.compositions.splits",
+    "featurize_compositions": "castbench.compositions.magpie",
+    "fit_baseline": "castbench.training.baselines",
+    "train_compositions": "castbench.training.compositions",
+    "explain_compositions": "castbench.evaluation.composition_attention",
+    "screen_compositions": "castbench.compositions.screen",
+    "validate_screening": "castbench.compositions.screen",
+    "tabulate_compositions": "castbench.evaluation.compositions",
+    "plot_compositions": "castbench.report.composition_figures",
+    "render_composition_report": "castbench.report.composition_html",
 }
 ONLINE = ("prefetch_encoder",)  # the verbs that ask the Hugging Face Hub
 log = logging.getLogger("castbench")
@@ -48,7 +67,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`."""
+    """Turn the parameters of `function` into options: `Path`, `str`, numbers, lists of these, `dict`.
+
+    Those that the signature has before a / are given without a name.
+    """
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         kind, many, default = hints[name], False, parameter.default
@@ -60,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
         if typing.get_origin(kind) is dict:
             kind = dict
         required = default is inspect.Parameter.empty
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            parser.add_argument(name, type=kind, metavar=name.upper())
+            continue
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -107,8 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     configure_logging(given.pop("log"))
     given.pop("verb")
     assert function is not None
+    parameters = inspect.signature(function).parameters.values()
+    unnamed = [given.pop(p.name) for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     try:
-        function(**given)
+        function(*unnamed, **given)
     except InputError as error:
         log.error("%s: %s", chosen, error)
         return 2

@@ -24,6 +24,15 @@ OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
     "masked_node": (("cogn", "cross_attention"), "choice"),
     "contrastive": (("cogn", "contrastive"), "frozen"),
 }
+# model of the composition study: (sizes under `compositions`, loss of its classifications)
+COMPOSITION_MODELS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "baseline": ((), None),
+    "random_forest": (("random_forest",), None),
+    "crabnet": (("crabnet",), "inverse_frequency"),
+    "edm_cross_entropy": (("edm_transformer",), "cross_entropy"),
+    "edm_alpha_report": (("edm_transformer",), "report"),
+    "edm_transformer": (("edm_transformer",), "inverse_frequency"),
+}
 
 
 def _text(choice: str, config: Config) -> str:
@@ -68,6 +77,29 @@ def check(config: Config) -> None:
     fractions = materials["split"]["fractions"]
     if abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
+    if config["study"] == "compositions":
+        check_compositions(config["compositions"])
+
+
+def check_compositions(section: Config) -> None:
+    """Check what the schema cannot express of the section `compositions`.
+
+    Raises:
+        InputError: what the screening and the figures need is not trained.
+    """
+    if "edm_transformer" not in section["models"]:
+        raise InputError("compositions.models: edm_transformer is missing, with which the screening predicts")
+    if "band_gap" not in section["regression"] or "stability" not in section["classification"]:
+        raise InputError(
+            "compositions: the screening needs band_gap (regression) and stability (classification)"
+        )
+    for name in ("edm_transformer", "crabnet"):
+        sizes = section[name]
+        if sizes["width"] % sizes["heads"]:
+            raise InputError(
+                f"compositions.{name}.heads: {sizes['heads']} does not divide the width {sizes['width']}; "
+                "choose a divisor"
+            )
 
 
 def source_settings(config: Config) -> Config:
@@ -87,6 +119,14 @@ def source_files(config: Config) -> list[str]:
     settings = source_settings(config)
     file = settings.get("path") or settings.get("snapshot")
     return [file] if file else []
+
+
+def composition_source(config: Config) -> Config:
+    """What the compositions depend on: the same source; of a download, the snapshot that it leaves."""
+    settings = source_settings(config) | {"max_elements": config["compositions"]["max_elements"]}
+    if settings["source"] == "materials_project" and not settings["snapshot"]:
+        settings["snapshot"] = f"results/{config['dataset']}/materials/snapshot.jsonl.zst"
+    return settings
 
 
 def text_mode(name: str, config: Config) -> str:
@@ -146,3 +186,24 @@ def pretraining_settings(name: str, config: Config) -> Config:
 def encoder_folder(config: Config) -> Path:
     """Where the text encoder's files are kept, shared by all data sets."""
     return Path("results/encoders") / slug(config["text_encoder"])
+
+
+def composition_settings(model: str, config: Config) -> Config:
+    """The part of the configuration that a run of a composition model depends on."""
+    section, (sizes, loss) = config["compositions"], COMPOSITION_MODELS[model]
+    found = {key: section[key] for key in ("max_elements", "regression", "classification")}
+    found |= {"dataset": config["dataset"], "model": model, "loss": loss}
+    found["architecture"] = {name: section[name] for name in sizes}
+    if loss:
+        shared = {key: config["training"][key] for key in ("precision", "device", "threads")}
+        found["training"] = section["training"] | shared
+    return found
+
+
+def composition_summary(config: Config) -> Config:
+    """What tables and figures of the composition study depend on."""
+    section = config["compositions"]
+    found = {key: section[key] for key in ("models", "regression", "classification", "structures")}
+    found |= {"dataset": config["dataset"], "source": config["materials"]["source"]}
+    found |= {"seeds": config["training"]["seeds"], "targets": config["targets"]}
+    return found | {"structure_models": config["models"] if section["structures"] else []}

@@ -38,6 +38,7 @@ TARGETS = {
         Target("total_energy", "Total energy", "eV/atom", "E", "energy_per_atom"),
         Target("formation_energy", "Formation energy", "eV/atom", "E_f", "formation_energy_per_atom"),
         Target("band_gap", "Band gap", "eV", "E_g", "band_gap"),
+        Target("energy_above_hull", "Energy above hull", "eV/atom", "E_hull", "energy_above_hull"),
         Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "log G", "g_vrh", "log10"),
         Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "log K", "k_vrh", "log10"),
     )
@@ -58,3 +59,43 @@ MODELS = {
     )
 }
 MODEL_ORDER = tuple(MODELS)
+
+
+# --- compositions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassTarget:
+    """Two classes of compositions: `positive` (1) where `column` is at or below a threshold in `unit`."""
+
+    name: str
+    label: str
+    positive: str
+    negative: str
+    column: str
+    unit: str
+
+
+CLASS_TARGETS = {
+    target.name: target
+    for target in (
+        ClassTarget("stability", "Stability", "stable", "unstable", "energy_above_hull", "eV/atom"),
+        ClassTarget("metallicity", "Metallicity", "metal", "non-metal", "band_gap", "eV"),
+    )
+}
+
+# Models of the composition study, from what knows least to what knows most.
+COMPOSITION_MODELS = {
+    model.name: model
+    for model in (
+        Model("baseline", "Training mean, majority class", "#6e7781", "nothing", "baseline"),
+        Model("random_forest", "Random forest (Magpie)", "#8C6D31", "formula", "Ward et al. 2016"),
+        Model("crabnet", "CrabNet-style attention", "#009E73", "formula", "Wang et al. 2021"),
+        Model("edm_cross_entropy", "EDM, cross-entropy", "#56B4E9", "formula", "EDM report"),
+        Model("edm_alpha_report", "EDM, focal, alpha 0.25", "#E69F00", "formula", "EDM report"),
+        Model("edm_transformer", "EDM, focal, alpha by frequency", "#CC79A7", "formula", "EDM report"),
+        MODELS["structure_only"],
+        MODELS["cast"],
+    )
+}
+COMPOSITION_ORDER = tuple(COMPOSITION_MODELS)

@@ -19,7 +19,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 PACKAGES = (
     "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
-    "robocrys", "spglib", "numpy", "scipy", "pandas", "pyarrow", "snakemake",
+    "robocrys", "matminer", "smact", "ElementEmbeddings", "scikit-learn", "spglib", "numpy", "scipy",
+    "pandas", "pyarrow", "snakemake",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from castbench import config as meaning
 from castbench.errors import InputError
-from castbench.labels import MODELS, TARGETS
+from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MODELS, TARGETS
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def properties(schema: dict, path: str = ""):
         yield from properties(value, f"{path}{key}.")
 
 
-@pytest.mark.parametrize("preset", [None, "smoke", "paper"])
+@pytest.mark.parametrize("preset", [None, "smoke", "paper", "perovskite"])
 def test_presets_fit_the_schema(root: Path, schema: dict, config: dict, preset: str | None):
     if preset:
         config = merged(config, yaml.safe_load((root / f"workflow/presets/{preset}.yaml").read_text()))
@@ -62,7 +62,8 @@ def value_at(config: dict, path: str):
 def test_the_paper_preset_takes_nothing_from_the_default_config(root: Path, schema: dict):
     preset = yaml.safe_load((root / "workflow/presets/paper.yaml").read_text())
     for path, _ in properties(schema):
-        value_at(preset, path)
+        if path.split(".")[0] != "compositions":  # the other study's
+            value_at(preset, path)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,60 @@ def test_names_agree_everywhere(schema: dict):
         == set(REGISTRY)
     )
     assert set(TARGETS) == set(schema["properties"]["targets"]["items"]["enum"])
+
+
+def test_names_of_the_composition_study_agree_everywhere(schema: dict):
+    from castbench.models import COMPOSITION_REGISTRY
+
+    section = schema["properties"]["compositions"]["properties"]
+    names = set(section["models"]["items"]["enum"])
+    assert names == set(meaning.COMPOSITION_MODELS)
+    assert names == set(COMPOSITION_MODELS) - set(MODELS)
+    assert set(COMPOSITION_REGISTRY) == {n for n, (_, loss) in meaning.COMPOSITION_MODELS.items() if loss}
+    assert set(section["classification"]["propertyNames"]["enum"]) == set(CLASS_TARGETS)
+    assert set(section["regression"]["items"]["enum"]) <= set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        ({"crabnet": {"layers": 1}}, {"crabnet"}),
+        ({"random_forest": {"trees": 9}}, {"random_forest"}),
+        (
+            {"training": {"epochs": 9}},
+            {"crabnet", "edm_cross_entropy", "edm_alpha_report", "edm_transformer"},
+        ),
+        ({"screening": {"top": 9}}, set()),
+    ],
+)
+def test_a_composition_section_changes_its_models_only(config: dict, change: dict, rerun: set[str]):
+    changed = merged(config, {"compositions": change})
+    names = meaning.COMPOSITION_MODELS
+    differ = {
+        n
+        for n in names
+        if meaning.composition_settings(n, config) != meaning.composition_settings(n, changed)
+    }
+    assert differ == rerun
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"models": ["baseline"]}, "compositions.models"),
+        ({"regression": ["formation_energy"]}, "band_gap"),
+        ({"classification": {"metallicity": 0.0}}, "stability"),
+        ({"crabnet": {"heads": 7}}, "compositions.crabnet.heads"),
+    ],
+)
+def test_contradictions_of_the_composition_study_are_named(config: dict, change: dict, named: str):
+    meaning.check(merged(config, {"study": "compositions"}))
+    changed = merged(config, {"compositions": change})
+    if "classification" in change:
+        changed["compositions"]["classification"] = change["classification"]
+    meaning.check(changed)  # of no concern to the other study
+    with pytest.raises(InputError, match=re.escape(named)):
+        meaning.check(changed | {"study": "compositions"})
 
 
 def test_a_section_changes_the_settings_of_its_models_only(config: dict):

@@ -56,6 +56,7 @@ TABLES = [
     "table2.csv",
     "comparisons.csv",
     "pretraining.csv",
+    "text_gain.csv",
     "runs.csv",
     "runs.jsonl",
 ]
@@ -78,13 +79,51 @@ ATTENTION_FIGURES = {
     "attention_heads": "Cross-attention by head",
     "attention_similarity": "Similarity of the nodes' attention (Figure 3)",
 }
+TEXT_FIGURES = {
+    "text_attention": "Attention of [CLS] in the text encoder (CrysMMNet's supplement)",
+    "attention_by_part": "What attention, gradients and predictions care for",
+    "text_changes": "Predictions with other texts",
+    "deletion_curves": "Predictions without the most attended words",
+}
+# of the composition study
+COMPOSITION_TABLES = {
+    "composition_gap": "Error of the regressions of every model",
+    "composition_stability": "Scores of the classifications of every model",
+    "composition_runs": "Every run",
+    "composition_calibration": "Reliability of the probabilities",
+    "enrichment": "How the screening finds hidden stable compounds",
+}
+COMPOSITION_FIGURES = {
+    "class_balance": "Class balance, focal and cross-entropy loss (report's Figure 1)",
+    "edm_heatmap": "Element descriptor matrix (Figure 2)",
+    "confusion": "Confusion matrices (Figure 3)",
+    "composition_parity": "Predicted against true (Figure 4)",
+    "composition_curves": "Learning curves (Figure 5)",
+    "composition_epochs": "Metrics over epochs (Figure 6)",
+    "composition_attention": "Attention of every head (Figure 7)",
+    "reliability": "Reliability of the stability probability",
+    "hidden_compounds": "Hidden stable compounds found by the screening",
+}
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))
 SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targets"]]
 SHARDS = range(config["text"]["shards"])
 
 
+# Models that read text and so are asked what they make of other texts; so is CAST's pretraining.
+PROBED = [
+    model for model in config["models"] if meaning.text_mode(model, config) != "none"
+]
+if "cast" in PROBED:
+    PROBED.append("masked_node")
+# The crystal of the text encoder's attention: a file to describe, or an id of the data set.
+TEXT_FILE = Path(config["attention"]["text"])
+if not TEXT_FILE.suffix:
+    TEXT_FILE = None
+
+
 wildcard_constraints:
+    probed="|".join(PROBED) or "none",
     dataset=config["dataset"],
     target="|".join(config["targets"]),
     model="|".join(config["models"]),
@@ -92,6 +131,8 @@ wildcard_constraints:
     shard=r"\d+",
     remaining=r"\d+",
     seed=r"\d+",
+    baseline="baseline|random_forest",
+    network="crabnet|edm_[a-z_]+",
 
 
 def settings(*keys):
@@ -186,8 +227,36 @@ def figures(wildcards):
     names = [*DATASET_FIGURES, *RESULT_FIGURES]
     if {"cast", "cast_scratch"} <= set(config["models"]):
         names += ATTENTION_FIGURES
+    if PROBED:
+        names += TEXT_FIGURES
     return expand(
         "results/{dataset}/figures/{name}.svg", dataset=wildcards.dataset, name=names
+    )
+
+
+def probed_run(wildcards):
+    """Folder of the run or pretraining that is probed."""
+    seed, attention = config["training"]["seeds"][0], config["attention"]
+    if wildcards.probed == "masked_node":
+        return f"results/{wildcards.dataset}/pretrain/masked_node/{seed}"
+    return f"results/{wildcards.dataset}/runs/{attention['target']}/{wildcards.probed}/{seed}"
+
+
+def evidence_inputs(wildcards):
+    """What is known of the models' attention."""
+    folder = f"results/{wildcards.dataset}/attention"
+    inputs = {"probes": [f"{folder}/probes/{name}.parquet" for name in PROBED]}
+    if {"cast", "cast_scratch"} <= set(config["models"]):
+        inputs["maps"] = f"{folder}/maps.json"
+        inputs["by_material"] = f"{folder}/by_material.parquet"
+    return inputs
+
+
+def shown_attention(wildcards):
+    """What the report shows of attention beside its figures."""
+    folder = f"results/{wildcards.dataset}"
+    return [f"{folder}/attention/text.json", f"{folder}/tables/evidence.csv"] * bool(
+        PROBED
     )
 
 
@@ -203,3 +272,18 @@ def attention_inputs(wildcards):
         seed=config["training"]["seeds"][0],
     )
     return inputs
+
+
+def composition_metrics(wildcards):
+    """The record of every run of the composition study."""
+    return expand(
+        "results/{dataset}/composition_runs/{model}/{seed}/metrics.json",
+        dataset=wildcards.dataset,
+        model=config["compositions"]["models"],
+        seed=config["training"]["seeds"],
+    )
+
+
+def structure_metrics(wildcards):
+    """The record of every run that reads structures, where the source has them."""
+    return all_metrics(wildcards) if config["compositions"]["structures"] else []

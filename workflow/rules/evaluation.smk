@@ -1,23 +1,28 @@
-"""Tables and attention.
+"""Tables, attention, and what the models make of other texts.
 
-Input: run folders, splits, graphs/, tokens/, text_states/.
+Input: run folders, splits, descriptions.parquet, graphs/, tokens/, text_states/.
 Output: tables/, attention/.
 """
 
 
 localrules:
+    describe_crystal,
+    tabulate_evidence,
     aggregate_runs,
 
 
 rule extract_attention:
-    """Cross-attention maps of one crystal, and how alike the maps of a crystal's nodes are."""
+    """Cross-attention maps of a dozen crystals, and how alike the maps of a crystal's nodes are."""
     input:
         unpack(attention_inputs),
+        descriptions=ancient("results/{dataset}/descriptions.parquet"),
         materials=ancient("results/{dataset}/materials.parquet"),
         split=f"results/{{dataset}}/splits/{config['attention']['target']}.json",
     output:
-        maps="results/{dataset}/attention/maps.json",
-        similarity="results/{dataset}/attention/similarity.parquet",
+        "results/{dataset}/attention/maps.json",
+        "results/{dataset}/attention/maps.safetensors",
+        "results/{dataset}/attention/similarity.parquet",
+        "results/{dataset}/attention/by_material.parquet",
     log:
         "results/{dataset}/logs/extract_attention.log",
     conda:
@@ -32,8 +37,94 @@ rule extract_attention:
     shell:
         "python -m castbench extract_attention --settings {params.settings:q} --runs results/{wildcards.dataset}/runs"
         " --seed {params.seed} --materials {input.materials} --split {input.split}"
-        " --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens {params.states}"
+        " --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
+        " --tokens results/{wildcards.dataset}/tokens {params.states}"
         " --encoder {params.encoder:q} --output results/{wildcards.dataset}/attention --log {log}"
+
+
+rule describe_crystal:
+    """Describe the crystal whose text the text encoder's attention is shown on."""
+    input:
+        TEXT_FILE or [],
+    output:
+        "results/{dataset}/attention/description.parquet",
+    log:
+        "results/{dataset}/logs/describe_crystal.log",
+    conda:
+        "../../envs/data.yaml"
+    shell:
+        "python -m castbench describe_crystal --crystal {input:q} --output {output} --log {log}"
+
+
+rule extract_text_attention:
+    """Attention of [CLS] to the words of a description, in the text encoder."""
+    input:
+        descriptions=(
+            "results/{dataset}/attention/description.parquet"
+            if TEXT_FILE
+            else ancient("results/{dataset}/descriptions.parquet")
+        ),
+        tokens="results/{dataset}/tokens/manifest.json",
+        encoder=f"{ENCODER}/manifest.json",
+    output:
+        "results/{dataset}/attention/text.json",
+    log:
+        "results/{dataset}/logs/extract_text_attention.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        material=TEXT_FILE.stem if TEXT_FILE else config["attention"]["text"],
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
+    shell:
+        "python -m castbench extract_text_attention --descriptions {input.descriptions} --material {params.material:q}"
+        " --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q} --output {output} --log {log}"
+
+
+rule probe_text:
+    """What a trained model makes of test crystals when their texts change."""
+    input:
+        run=lambda wildcards: f"{probed_run(wildcards)}/model.safetensors",
+        materials=ancient("results/{dataset}/materials.parquet"),
+        descriptions=ancient("results/{dataset}/descriptions.parquet"),
+        split=f"results/{{dataset}}/splits/{config['attention']['target']}.json",
+        graphs="results/{dataset}/graphs/manifest.json",
+        tokens="results/{dataset}/tokens/manifest.json",
+        encoder=f"{ENCODER}/manifest.json",
+    output:
+        "results/{dataset}/attention/probes/{probed}.parquet",
+    log:
+        "results/{dataset}/logs/probe_text/{probed}.log",
+    conda:
+        "../../envs/train.yaml"
+    resources:
+        gpu=GPUS,
+    params:
+        settings=settings("attention.probes"),
+        run=probed_run,
+        encoder=lambda wildcards, input: str(Path(input.encoder).parent),
+        device=config["training"]["device"],
+    shell:
+        "python -m castbench probe_text --settings {params.settings:q} --run {params.run} --materials {input.materials}"
+        " --split {input.split} --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
+        " --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q} --device {params.device}"
+        " --output {output} --log {log}"
+
+
+rule tabulate_evidence:
+    """Attention and probes in numbers, each with its crystals and interval."""
+    input:
+        unpack(evidence_inputs),
+    output:
+        "results/{dataset}/tables/evidence.csv",
+    log:
+        "results/{dataset}/logs/tabulate_evidence.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=settings("attention.target"),
+    shell:
+        "python -m castbench tabulate_evidence --settings {params.settings:q}"
+        " --attention results/{wildcards.dataset}/attention --output {output} --log {log}"
 
 
 rule aggregate_runs:

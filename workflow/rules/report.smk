@@ -9,6 +9,7 @@ localrules:
     plot_dataset,
     plot_results,
     plot_attention,
+    plot_evidence,
     render_report,
 
 
@@ -79,7 +80,7 @@ rule plot_results:
 rule plot_attention:
     """The paper's Figures 2 and 3."""
     input:
-        maps="results/{dataset}/attention/maps.json",
+        maps=multiext("results/{dataset}/attention/maps", ".json", ".safetensors"),
         similarity="results/{dataset}/attention/similarity.parquet",
     output:
         figures=[
@@ -103,10 +104,38 @@ rule plot_attention:
         " --output results/{wildcards.dataset}/figures --log {log}"
 
 
+rule plot_evidence:
+    """The text encoder's attention, and what the models make of other texts."""
+    input:
+        text="results/{dataset}/attention/text.json",
+        evidence="results/{dataset}/tables/evidence.csv",
+    output:
+        figures=[
+            report(
+                f"results/{{dataset}}/figures/{name}.svg",
+                category="3 Attention",
+                caption=f"../report/{name}.rst",
+                labels={"item": title},
+            )
+            for name, title in TEXT_FIGURES.items()
+        ],
+        pixels=expand("results/{{dataset}}/figures/{name}.png", name=TEXT_FIGURES),
+    log:
+        "results/{dataset}/logs/plot_evidence.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=settings("dataset", "materials.source", "models"),
+    shell:
+        "python -m castbench plot_evidence --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output results/{wildcards.dataset}/figures --log {log}"
+
+
 rule render_report:
     """One self-contained file with everything."""
     input:
         figures,
+        shown_attention,
         expand("results/{{dataset}}/tables/{name}", name=TABLES),
         materials=ancient("results/{dataset}/materials.parquet"),
         manifest="results/{dataset}/materials/manifest.json",

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from castbench.evaluation.statistics import dataset_statistics, mean_baseline, paired_difference
+from castbench.evaluation.statistics import (
+    CRYSTAL_SYSTEMS,
+    dataset_statistics,
+    mean_baseline,
+    mean_interval,
+    paired_difference,
+    read_crystals,
+    site_groups,
+    site_labels,
+)
 from castbench.labels import MODEL_ORDER, TARGET_ORDER, TARGETS
 from castbench.provenance import atomic_path
 from castbench.report import tables
@@ -28,7 +37,7 @@ COMPARISONS = (
 
 
 def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> None:
-    """Write Table 1, Table 2, runs, pretraining and comparisons into `output`.
+    """Write Table 1, Table 2, runs, pretraining, comparisons and the text's gain into `output`.
 
     `settings` = {dataset, source, targets, models, seeds, text_encoder}: they name the runs to expect.
     """
@@ -47,6 +56,7 @@ def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> Non
     write_csv(output / "table2.csv", statistics)
     write_csv(output / "pretraining.csv", read_pretraining(results))
     write_csv(output / "comparisons.csv", comparisons(results, settings, runs))
+    write_csv(output / "text_gain.csv", text_gain(results, settings))
     write_text(output / "table1.md", tables.table1_markdown(cells, settings))
     write_text(output / "table1.tex", tables.table1_latex(cells, settings))
     write_text(output / "runs.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
@@ -207,6 +217,46 @@ def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> 
             row = {"target": target, "unit": TARGETS[target].unit, "model": model, "minus": other}
             rows.append(row | {"difference": mean, "low": low, "high": high, "n": len(first)})
     columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
+    """Test error of cast minus that of structure_only, mean over seeds, by groups of crystals.
+
+    Columns: target, unit, by ("all", "crystal system", "sites", "text"), group, difference, low, high (95 %
+    bootstrap interval over the crystals; none for fewer than five), n.
+    """
+    crystals = read_crystals(results)
+    limit = read_json(results / "tokens" / "manifest.json")["max_tokens"]
+    groupings: dict[str, tuple[Any, list[str]]] = {
+        "all": (np.full(len(crystals), "all"), ["all"]),
+        "crystal system": (crystals["crystal_system"].to_numpy(), list(CRYSTAL_SYSTEMS)),
+        "sites": (site_groups(crystals["n_sites"].to_numpy()), site_labels()),
+        "text": (
+            np.where(crystals["n_tokens_full"] > limit, "truncated", "read to its end"),
+            ["read to its end", "truncated"],
+        ),
+    }
+    rows = []
+    for target in ordered_targets(settings):
+        first, second = (
+            read_errors(results, target, m, settings["seeds"]) for m in ("cast", "structure_only")
+        )
+        if first.empty or second.empty:
+            continue
+        difference = first - second.loc[first.index]
+        for by, (groups, order) in groupings.items():
+            of_crystal = pd.Series(groups, index=crystals.index).loc[difference.index]
+            for group in order:
+                values = difference[of_crystal == group].to_numpy()
+                if not len(values):
+                    continue
+                mean, low, high = mean_interval(values)
+                row: dict[str, Any] = {"target": target, "unit": TARGETS[target].unit}
+                row |= {"by": by, "group": group}
+                row |= {"difference": mean, "low": low, "high": high, "n": len(values)}
+                rows.append(row)
+    columns = ["target", "unit", "by", "group", "difference", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns)
 
 

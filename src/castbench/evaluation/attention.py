@@ -3,23 +3,25 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pymatgen.core import Element
-from safetensors.torch import load_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from castbench.errors import InputError
-from castbench.models import build_model
+from castbench.evaluation.trained import load_run, read_run
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
-from castbench.text.encoders import load_tokenizer
+from castbench.text.reading import LABELS, Reader, Reading
 from castbench.text.tokens import PackedTokens
 from castbench.training.dataset import Crystals
 
@@ -29,6 +31,23 @@ MODELS = ("cast_scratch", "cast")
 BINS = 200  # of cosine similarity on [0, 1]
 BATCH = 32
 MEAN = -1  # in place of the number of a head: the mean over heads
+SHOWN = 12  # crystals whose maps are kept
+SIMILARITY = ("model", "layer", "head", "low", "count")
+BY_MATERIAL = pa.schema(
+    [
+        ("model", pa.string()),
+        ("material_id", pa.string()),
+        ("layer", pa.int16()),  # from 1
+        ("n_nodes", pa.int32()),
+        ("n_tokens", pa.int32()),
+        # over all pairs of nodes, null for one node; of rows averaged over heads, and within each head
+        ("similarity", pa.float32()),
+        ("similarity_heads", pa.float32()),
+        # exponential of the entropy of a row, mean over nodes; likewise
+        ("effective_tokens", pa.float32()),
+        ("effective_tokens_heads", pa.float32()),
+    ]
+)
 
 
 def extract_attention(
@@ -37,60 +56,73 @@ def extract_attention(
     seed: int,
     materials: Path,
     split: Path,
+    descriptions: Path,
     graphs: Path,
     tokens: Path,
     encoder: Path,
     output: Path,
     states: Path | None = None,
 ) -> None:
-    """Write `maps.json` (maps of one crystal) and `similarity.parquet` (all test crystals) into `output`.
+    """Write maps of a dozen test crystals, and statistics of all of them, into `output`.
 
-    `settings` = {target, material}: material is an id, or None for the test crystal with the most nodes (then
-    the most elements). A model whose run did not finish is left out. `similarity.parquet` counts node pairs
-    by model, layer (from 1), head (from 1; -1 is the mean over heads) and bin [low, low + 1/200) of the
-    cosine similarity of their attention rows.
+    A model whose run did not finish is left out. Files:
+        maps.json, maps.safetensors: the crystals of `pick`; of each and each model, attention
+            (layers, heads, nodes, words), that of a word being the sum over its tokens.
+        similarity.parquet: number of node pairs by model, layer (from 1), head (from 1; -1 is the mean over
+            heads) and bin [low, low + 1/200) of the cosine similarity of their attention rows.
+        by_material.parquet: one row a model, crystal and layer; see `BY_MATERIAL`.
+
+    Args:
+        settings: {target, material}; material is an id, or None for the test crystal with the most nodes.
+        runs: results/{dataset}/runs.
+        seed: of the runs that are looked at.
+        materials: materials.parquet.
+        split: id lists of the target.
+        descriptions: descriptions.parquet.
+        graphs: cache of graphs.
+        tokens: cache of tokens.
+        encoder: folder of the text encoder.
+        output: folder.
+        states: cache of token states, for models that read them.
 
     Raises:
         InputError: the material is unknown or has no graph.
     """
     target, record = settings["target"], json.loads(split.read_text())
     folders = {name: runs / target / name / str(seed) for name in MODELS}
-    finished = {name: folder for name, folder in folders.items() if _finished(folder)}
+    finished = {name: folder for name, folder in folders.items() if read_run(folder)["status"] == "finished"}
     for name in folders.keys() - finished.keys():
         log.warning("%s/%s/%s: no finished run; its attention is left out", target, name, seed)
-    maps: dict[str, Any] = {"target": target, "seed": seed, "models": {}, "similarity": {}}
-    counts = []
-    for name, folder in finished.items():
-        model = _load(name, folder, encoder)
-        crystals = Crystals(model, graphs, tokens, states, torch.device("cpu"))
-        test, _ = crystals.rows(record["test"])
-        if "material_id" not in maps:
-            maps |= _describe(crystals, settings["material"], record, materials, tokens, encoder)
-        chosen, _ = crystals.rows([maps["material_id"]])
-        weights = attention(model, crystals.batch(chosen))[0]
-        maps["models"][name] = np.round(weights, 5).tolist()
-        histogram, summary = similarity_histogram(model, crystals, test)
-        maps["similarity"][name] = summary
-        counts.append(_frame(name, histogram))
+    maps: dict[str, Any] = {"target": target, "seed": seed, "labels": LABELS, "models": list(finished)}
+    shown: list[dict[str, Any]] = []
+    arrays, counts = {}, []
     output.mkdir(parents=True, exist_ok=True)
-    columns = ["model", "layer", "head", "low", "count"]
+    with (
+        atomic_path(output / "by_material.parquet") as partial,
+        pq.ParquetWriter(partial, BY_MATERIAL) as by_material,
+    ):
+        for name, folder in finished.items():
+            model = load_run(folder, encoder)
+            assert isinstance(model, Cast)
+            crystals = Crystals(model, graphs, tokens, states, torch.device("cpu"))
+            test, _ = crystals.rows(record["test"])
+            if not shown:
+                facts = crystal_facts(crystals, test, materials, tokens, runs / target, seed)
+                shown = pick(facts, check_material(settings["material"], crystals))
+                describe_crystals(shown, crystals, record, materials, descriptions, tokens, encoder)
+            for entry in shown:
+                row, _ = crystals.rows([entry["material_id"]])
+                weights = entry["reading"].by_word(attention(model, crystals.batch(row))[0])
+                arrays[f"{name}/{entry['material_id']}"] = np.ascontiguousarray(weights, np.float32)
+            counts.append(_frame(name, stream_statistics(name, model, crystals, test, by_material)))
+    for entry in shown:
+        entry.pop("reading")
+    with atomic_path(output / "maps.safetensors") as partial:
+        partial.write_bytes(save(arrays))
     with atomic_path(output / "similarity.parquet") as partial:
-        (pd.concat(counts) if counts else pd.DataFrame(columns=columns)).to_parquet(partial, index=False)
-    write_json(output / "maps.json", maps)
-
-
-def _finished(run: Path) -> bool:
-    file = run / "metrics.json"
-    return file.exists() and json.loads(file.read_text())["status"] == "finished"
-
-
-def _load(name: str, run: Path, encoder: Path) -> Cast:
-    """The trained model of a run, in evaluation mode."""
-    config = json.loads((run / "config.json").read_text())
-    model = build_model(name, config["architecture"], encoder)
-    assert isinstance(model, Cast)
-    model.load_trained_state(load_file(run / "model.safetensors"))
-    return model.eval()
+        frame = pd.concat(counts) if counts else pd.DataFrame(columns=list(SIMILARITY))
+        frame.to_parquet(partial, index=False)
+    write_json(output / "maps.json", maps | {"materials": shown})
 
 
 @torch.inference_mode()
@@ -106,37 +138,54 @@ def cosine_similarities(weights: np.ndarray) -> np.ndarray:
     """Cosine similarity (layers, heads, pairs) of pairs of rows of weights (layers, heads, nodes, tokens)."""
     rows = weights / np.linalg.norm(weights, axis=-1, keepdims=True)
     first, second = np.triu_indices(weights.shape[2], k=1)
-    return np.einsum("lhpt,lhpt->lhp", rows[:, :, first], rows[:, :, second]).clip(0, 1)
+    return (rows @ rows.swapaxes(-1, -2))[..., first, second].clip(0, 1)
 
 
-def similarity_histogram(model: Cast, crystals: Crystals, test: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
-    """Counts (layers, 1 + heads, BINS) of node pairs, the mean over heads first, and a summary.
+def effective_tokens(weights: np.ndarray) -> np.ndarray:
+    """Number of tokens (layers, heads) that a node effectively reads, from weights (..., nodes, tokens).
 
-    Streams over the test crystals; those with one node have no pair and are counted.
+    The exponential of a row's entropy, T for even weights, mean over nodes.
     """
-    histogram, total, pairs, alone = None, 0.0, 0, 0
+    entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(axis=-1)
+    return np.exp(entropy).mean(axis=-1)
+
+
+def stream_statistics(
+    name: str, model: Cast, crystals: Crystals, test: Tensor, by_material: pq.ParquetWriter
+) -> np.ndarray:
+    """Counts (layers, 1 + heads, BINS) of node pairs, the mean over heads first; rows for `by_material`.
+
+    Streams over the test crystals: one batch of maps is held at a time.
+    """
+    histogram = np.zeros((0, 0, BINS), dtype=np.int64)
     for part in test.split(BATCH):
-        for weights in attention(model, crystals.batch(part)):
-            if weights.shape[2] < 2:
-                alone += 1
-                continue
+        rows = []
+        for material_id, weights in zip(
+            crystals.ids(part), attention(model, crystals.batch(part)), strict=True
+        ):
+            layers, heads, nodes, tokens = weights.shape
             both = np.concatenate([weights.mean(axis=1, keepdims=True), weights], axis=1)
-            similarities = cosine_similarities(both)
-            if histogram is None:
-                histogram = np.zeros((*similarities.shape[:2], BINS), dtype=np.int64)
-            places = np.minimum((similarities * BINS).astype(np.int64), BINS - 1)
-            layers, heads, _ = np.indices(places.shape)
-            np.add.at(histogram, (layers, heads, places), 1)
-            total = total + similarities[:, 0].sum(axis=1, dtype=np.float64)
-            pairs += similarities.shape[2]
-    if histogram is None:
-        histogram = np.zeros((0, 0, BINS), dtype=np.int64)
-    return histogram, {
-        "crystals": len(test) - alone,
-        "one_node": alone,
-        "pairs": pairs,
-        "mean_by_layer": [round(float(value), 5) for value in np.atleast_1d(total) / pairs] if pairs else [],
-    }
+            if not len(histogram):
+                histogram = np.zeros((layers, 1 + heads, BINS), dtype=np.int64)
+            similar: np.ndarray = np.full((layers, 1 + heads), np.nan)
+            if nodes > 1:
+                similarities = cosine_similarities(both)
+                similar = similarities.mean(axis=2)
+                places = np.minimum((similarities * BINS).astype(np.int64), BINS - 1)
+                for layer, head in np.ndindex(places.shape[:2]):
+                    histogram[layer, head] += np.bincount(places[layer, head], minlength=BINS)
+            effective = effective_tokens(both)
+            for layer in range(layers):
+                measures = (
+                    value
+                    for found in (similar[layer], effective[layer])
+                    for value in (found[0], found[1:].mean())
+                )
+                rows.append((name, material_id, layer + 1, nodes, tokens, *measures))
+        columns = [pa.array(column, field.type, from_pandas=True) for column, field in
+                   zip(zip(*rows, strict=True), BY_MATERIAL, strict=True)]  # fmt: skip
+        by_material.write_table(pa.table(columns, schema=BY_MATERIAL))
+    return histogram
 
 
 def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
@@ -153,46 +202,144 @@ def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
     )
 
 
-def _most_nodes(crystals: Crystals, test: Tensor) -> str:
-    """Id of the test crystal with the most nodes, then the most elements, then the first."""
+# --- the crystals that are shown ---------------------------------------------------------------------
+
+
+def check_material(material: str | None, crystals: Crystals) -> str | None:
+    """The configured material, after a look whether its attention can be shown.
+
+    Raises:
+        InputError: it is unknown or has no graph.
+    """
+    if material is not None:
+        if material not in crystals.material_ids:
+            raise InputError(
+                f"attention.material: {material} is not in this data set; take an id of materials.parquet"
+            )
+        if crystals.rows([material])[1]:
+            raise InputError(f"attention.material: {material} has no graph; choose another crystal")
+    return material
+
+
+def crystal_facts(
+    crystals: Crystals, test: Tensor, materials: Path, tokens: Path, runs: Path, seed: int
+) -> pd.DataFrame:
+    """What crystals are picked by: one row a test crystal, in the order of `test`, index material_id.
+
+    Columns: nodes, elements, spacegroup, tokens (before the cut), cut; error of each finished model of
+    `MODELS` and of structure_only, NaN where there is none.
+    """
     assert crystals.nodes is not None, "CAST reads the graph"
-    sizes = crystals.nodes.offsets.diff()[test]
-    largest = test[sizes == sizes.max()]
-    elements = [len(crystals.batch(row).atomic_numbers.unique()) for row in largest.split(1)]
-    return crystals.ids(largest)[elements.index(max(elements))]
+    ids = crystals.ids(test)
+    index = PackedTokens.open(tokens).index()
+    lengths = index["n_tokens_full"].to_numpy()[test.numpy()]
+    numbers, offsets = crystals.nodes.arrays["atomic_numbers"], crystals.nodes.offsets
+    facts = pd.DataFrame(
+        {
+            "nodes": offsets.diff()[test].numpy(),
+            "elements": [len(numbers[offsets[row] : offsets[row + 1]].unique()) for row in test.tolist()],
+            "tokens": lengths,
+            "cut": lengths > index["n_tokens"].to_numpy()[test.numpy()],
+        },
+        index=pd.Index(ids, name="material_id"),
+    )
+    table = pq.read_table(materials, columns=["material_id", "spacegroup"])
+    facts["spacegroup"] = pd.Series(table["spacegroup"].to_numpy(), table["material_id"].to_pylist())
+    for name in (*MODELS, "structure_only"):
+        file = runs / name / str(seed) / "predictions.parquet"
+        facts[name] = np.nan
+        if file.exists():
+            frame = pd.read_parquet(file).query("split == 'test'").set_index("material_id")
+            facts[name] = (frame["y_pred"] - frame["y_true"]).abs()
+    return facts
 
 
-def _describe(
+def pick(facts: pd.DataFrame, material: str | None) -> list[dict[str, Any]]:
+    """Up to `SHOWN` crystals that differ: {material_id, why}; the configured one, if any, first.
+
+    Each line of the list below takes the crystal that is first by it and not yet taken; then come those with
+    the largest error. Lines that say nothing here (no text was cut, no other model ran) are skipped.
+    """
+    gain = facts["structure_only"] - facts["cast"]
+    length = "most truncated text" if facts["cut"].any() else "longest text"
+    lines = [
+        ("most nodes", facts["nodes"] + facts["elements"] / 1000),
+        ("largest error of CAST", facts["cast"]),
+        ("smallest error of CAST", -facts["cast"]),
+        ("CAST better than coGN by most", gain),
+        ("CAST worse than coGN by most", -gain),
+        ("pretraining changes the error most", (facts["cast"] - facts["cast_scratch"]).abs()),
+        (length, facts["tokens"]),
+        ("shortest text", -facts["tokens"]),
+        ("most elements", facts["elements"]),
+        ("fewest nodes", -facts["nodes"]),
+        ("lowest symmetry", -facts["spacegroup"]),
+        ("highest symmetry", facts["spacegroup"]),
+        *[("next largest error of CAST", facts["cast"])] * SHOWN,
+    ]
+    chosen: dict[str, str] = {material: "as configured"} if material else {}
+    for why, measure in lines:
+        left = measure.drop(list(chosen), errors="ignore").dropna()
+        if len(left) and len(chosen) < SHOWN:
+            chosen[str(left.idxmax())] = why
+    return [{"material_id": material_id, "why": why} for material_id, why in chosen.items()]
+
+
+def describe_crystals(
+    shown: list[dict[str, Any]],
     crystals: Crystals,
-    material: str | None,
     record: dict[str, Any],
     materials: Path,
+    descriptions: Path,
     tokens: Path,
     encoder: Path,
-) -> dict[str, Any]:
-    """The crystal of the maps: id, formula, split, names of its nodes, its tokens and their words."""
-    material = material or _most_nodes(crystals, crystals.rows(record["test"])[0])
-    if material not in crystals.material_ids:
-        raise InputError(
-            f"attention.material: {material} is not in this data set; take an id of materials.parquet"
-        )
-    rows, without_graph = crystals.rows([material])
-    if without_graph:
-        raise InputError(f"attention.material: {material} has no graph; choose another crystal")
-    token_ids = PackedTokens.open(tokens)[int(rows[0])].tolist()
-    pieces = list(load_tokenizer(encoder).convert_ids_to_tokens(token_ids))
-    words, word_of_piece = join_pieces(pieces)
-    formulas = pq.read_table(materials, columns=["formula"], filters=[("material_id", "=", material)])
-    splits = [part for part in ("train", "validation", "test") if material in record[part]]
-    return {
-        "material_id": material,
-        "formula": formulas["formula"][0].as_py(),
-        "split": splits[0] if splits else None,
-        "nodes": node_names(crystals.batch(rows).atomic_numbers.tolist()),
-        "pieces": pieces,
-        "words": words,
-        "word_of_piece": word_of_piece,
-    }
+) -> None:
+    """Add to the picked crystals: formula, split, names of the nodes, words and their parts, sizes."""
+    packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
+    ids = [entry["material_id"] for entry in shown]
+    table = pq.read_table(materials, columns=["material_id", "formula"], filters=[("material_id", "in", ids)])
+    formulas = dict(zip(table["material_id"].to_pylist(), table["formula"].to_pylist(), strict=True))
+    rows = {material_id: row for row, material_id in enumerate(crystals.material_ids)}
+    texts = dict(read_texts(descriptions, [rows[material_id] for material_id in ids]))
+    for entry in shown:
+        material_id = entry["material_id"]
+        row = rows[material_id]
+        reading = reader.read(texts[row])
+        check_tokens(reading, packed[row], material_id)
+        batch = crystals.batch(torch.tensor([row]))
+        splits = [part for part in ("train", "validation", "test") if material_id in record[part]]
+        entry |= {
+            "formula": formulas[material_id],
+            "split": splits[0] if splits else None,
+            "nodes": node_names(batch.atomic_numbers.tolist()),
+            "multiplicities": [int(n) for n in batch.multiplicities.tolist()],
+            "words": reading.words,
+            "parts": reading.part_of_word,
+            "tokens": len(reading.ids),
+            "tokens_full": reading.n_full,
+            "reading": reading,
+        }
+
+
+def check_tokens(reading: Reading, packed: np.ndarray, material_id: str) -> None:
+    """See that a text gives the tokens that the models read.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not np.array_equal(reading.ids, packed):
+        raise InputError(f"{material_id}: its description is not that of the tokens; run tokenize_text again")
+
+
+def read_texts(descriptions: Path, rows: list[int]) -> Iterator[tuple[int, str | None]]:
+    """(row, text) of some rows of descriptions.parquet, in ascending order, streamed."""
+    wanted, first = sorted(rows), 0
+    for batch in pq.ParquetFile(descriptions).iter_batches(1000, columns=["text"]):
+        column = batch.column("text")
+        while wanted and wanted[0] < first + len(batch):
+            row = wanted.pop(0)
+            yield row, column[row - first].as_py()
+        first += len(batch)
 
 
 def node_names(atomic_numbers: list[int]) -> list[str]:
@@ -204,16 +351,3 @@ def node_names(atomic_numbers: list[int]) -> list[str]:
         seen[symbol] += 1
         names.append(f"{symbol}{seen[symbol]}")
     return names
-
-
-def join_pieces(pieces: list[str]) -> tuple[list[str], list[int]]:
-    """Words of word pieces ("##" continues a word), and the word that each piece belongs to."""
-    words: list[str] = []
-    places = []
-    for piece in pieces:
-        if piece.startswith("##") and words:
-            words[-1] += piece[2:]
-        else:
-            words.append(piece.lstrip("Ġ▁"))
-        places.append(len(words) - 1)
-    return words, places

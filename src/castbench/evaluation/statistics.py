@@ -1,6 +1,7 @@
 """Statistics of the data that the models saw: the paper's Table 2, and the groups that errors fall into."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,26 @@ SPLITS = ("train", "validation", "test")
 # Rows of Table 2 for each target: our splits, the two that are one column in the paper, and the whole.
 TABLE2 = {**{part: (part,) for part in SPLITS}, "val/test": ("validation", "test"), "all": SPLITS}
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
+SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
+FEWEST = 5  # crystals that an interval is given for: of one, a bootstrap knows none
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
 
 def crystal_systems(spacegroups: np.ndarray) -> np.ndarray:
     """Crystal system (n,) of international space group numbers 1 to 230."""
     return np.array(CRYSTAL_SYSTEMS)[np.searchsorted(_LAST_SPACEGROUPS, spacegroups)]
+
+
+def site_labels() -> list[str]:
+    """Names of the groups by number of sites."""
+    lower = [1, *(end + 1 for end in SITE_BINS)]
+    names = [str(a) if a == b else f"{a}–{b}" for a, b in zip(lower, SITE_BINS, strict=False)]
+    return [*names, f"> {SITE_BINS[-1]}"]
+
+
+def site_groups(sites: np.ndarray) -> np.ndarray:
+    """Group names (n,) of numbers of sites (n,)."""
+    return np.array(site_labels())[np.searchsorted(SITE_BINS, sites)]
 
 
 def read_split(results: Path, target: str) -> dict:
@@ -98,9 +113,22 @@ def paired_difference(
     first: np.ndarray, second: np.ndarray, repeats: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean of `first - second`, both (n,), and its 95 % bootstrap interval over the n crystals."""
-    difference = np.asarray(first) - np.asarray(second)
+    return _bootstrap(np.asarray(first) - np.asarray(second), repeats, seed)
+
+
+def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals.
+
+    The interval is NaN for fewer than `FEWEST` crystals, the mean too for none.
+    """
+    if len(values) < FEWEST:
+        return float(np.mean(values)) if len(values) else math.nan, math.nan, math.nan
+    return _bootstrap(values, repeats, seed)
+
+
+def _bootstrap(values: np.ndarray, repeats: int, seed: int) -> tuple[float, float, float]:
     rng = np.random.default_rng(seed)
-    size = (100, len(difference))  # a few repeats at a time: memory stays small
-    means = [difference[rng.integers(len(difference), size=size)].mean(axis=1) for _ in range(repeats // 100)]
+    size = (100, len(values))  # a few repeats at a time: memory stays small
+    means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(repeats // 100)]
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    return float(values.mean()), float(low), float(high)

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pymatgen.core import Composition
 
+from castbench.compositions.formulas import is_abx3
 from castbench.errors import InputError
 from castbench.labels import TARGET_ORDER, TARGETS
 from castbench.materials.targets import column_values, target_values
@@ -61,6 +63,8 @@ def paper_filters(settings: Mapping[str, Any]) -> Iterator[Filter]:
     if hull is not None:
         yield Filter("no energy above hull", TARGET_ORDER, is_null("energy_above_hull"))
         yield Filter("max_energy_above_hull", TARGET_ORDER, above("energy_above_hull", hull))
+    if settings.get("abx3"):
+        yield Filter("abx3", TARGET_ORDER, is_not_abx3)
     if settings.get("exclude_noble_gases"):
         yield Filter("exclude_noble_gases", TARGET_ORDER, has_noble_gas)
     yield Filter("no value", TARGET_ORDER, lambda table, t: np.isnan(column_values(table, TARGETS[t].column)))
@@ -87,6 +91,12 @@ def outside_sample(materials: Path, size: int, seed: int) -> Callable[[pa.Table,
     drawn = heapq.nsmallest(size, ids, key=lambda name: hashlib.blake2b(f"{seed} {name}".encode()).digest())
     chosen = pa.array(drawn, pa.string())
     return lambda table, _: ~pc.is_in(table.column("material_id"), chosen).to_numpy()
+
+
+def is_not_abx3(table: pa.Table, _: str) -> np.ndarray:
+    """Mask of rows whose formula is no perovskite's."""
+    formulas = table.column("formula").to_pylist()
+    return np.array([not is_abx3(Composition(formula)) for formula in formulas], dtype=bool)
 
 
 def is_null(column: str) -> Callable[[pa.Table, str], np.ndarray]:

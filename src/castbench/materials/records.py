@@ -4,12 +4,14 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from castbench.errors import InputError
-from castbench.materials.structures import Crystal, pack_crystals, read_crystal, symmetry
+from castbench.materials.readers import read_records
+from castbench.materials.structures import Crystal, RecordError, pack_crystals, read_crystal, symmetry
 
 # Names that a column is looked for under when the mapping does not name it; a dot descends into the record.
 STRUCTURE = {
@@ -35,7 +37,11 @@ OTHERS = {
     "text": ("text", "description"),
     "origin": ("origin",),
 }
-COLUMNS = OTHERS | STRUCTURE | LABELS
+COMPOSITION = {  # read where there is a study of formulas alone
+    "formula": ("formula", "formula_pretty", "reduced_formula"),
+    "fractions": ("fractions",),
+}
+COLUMNS = OTHERS | STRUCTURE | LABELS | COMPOSITION
 
 # What no crystal has, so that it is a mistake or a mark for "missing" and becomes null. Moduli are not
 # bounded here: the filters of the paper are there for the wild ones, and count them.
@@ -141,13 +147,34 @@ class Columns:
             invalid=tuple(invalid),
         )
 
-    def check_found(self) -> None:
-        """Refuse a mapping that names what no record has: a typing error would pass as missing values."""
+    def check_found(self, unread: Mapping[str, Any] = COMPOSITION) -> None:
+        """Refuse a mapping that names what no record has: a typing error would pass as missing values.
+
+        Columns `unread` by the caller may stand in the mapping for the other study that shares it.
+        """
         for column, path in self.mapping.items():
-            if column not in self.found:
+            if column not in self.found and column not in unread:
                 raise InputError(
                     f"materials.columns.{column}: no record has a value at {path!r}; correct the path"
                 )
+
+
+def read_material(path: Path) -> Material:
+    """The one crystal of a file, such as a CIF.
+
+    Raises:
+        InputError: there is no usable crystal in it.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; give one with a crystal, such as a CIF")
+    for name, record in read_records(path):
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            return Columns({}).read(record, name, "file")
+        except RecordError as error:
+            raise InputError(f"{path}: {error}; give a file with one ordered crystal") from error
+    raise InputError(f"{path}: holds no crystal; give a file with one")
 
 
 def is_missing(value: Any) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from castbench.models.base import Network
+    from castbench.models.composition import CompositionNetwork
 
 # name -> where its constructor (architecture, encoder folder) is; imported when asked for.
 REGISTRY = {
@@ -27,6 +28,29 @@ OBJECTIVES = {
     "masked_node": "cross_attention:MaskedNodePretraining",
     "contrastive": "contrastive:ContrastivePretraining",
 }
+# model of the composition study -> (constructor, section of sizes); the three EDMs differ by their loss.
+COMPOSITION_REGISTRY = {
+    "crabnet": ("crabnet:CrabNetStyle", "crabnet"),
+    "edm_cross_entropy": ("edm_transformer:EDMTransformer", "edm_transformer"),
+    "edm_alpha_report": ("edm_transformer:EDMTransformer", "edm_transformer"),
+    "edm_transformer": ("edm_transformer:EDMTransformer", "edm_transformer"),
+}
+
+
+def build_composition_model(
+    name: str, architecture: dict[str, Any], targets: list[str], task_weights: str = "sum"
+) -> CompositionNetwork:
+    """A model of `COMPOSITION_REGISTRY` with random new weights; `architecture` holds its section of sizes.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in COMPOSITION_REGISTRY:
+        raise InputError(f"{name}: no such model; choose from {', '.join(COMPOSITION_REGISTRY)}")
+    constructor, section = COMPOSITION_REGISTRY[name]
+    module, function = constructor.split(":")
+    found = getattr(import_module(f"castbench.models.{module}"), function)
+    return found(architecture[section], targets, task_weights)
 
 
 def build_model(name: str, architecture: dict[str, Any], encoder: Path | None) -> Network:

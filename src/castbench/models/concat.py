@@ -31,8 +31,15 @@ class CrysMMNet(Network):
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardised predictions (B,)."""
-        structure = self.project_structure(self.cogn(batch))
-        text = self.project_text(self.text.cls(batch))
+        return self._predict(batch, self.text.cls(batch))
+
+    def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Predictions (B,) and [CLS]'s attention in each layer that the model runs (B, H, T)."""
+        states, maps = self.text.attend(batch)
+        return self._predict(batch, states[batch.token_offsets[:-1]]), maps
+
+    def _predict(self, batch: Batch, cls: Tensor) -> Tensor:
+        structure, text = self.project_structure(self.cogn(batch)), self.project_text(cls)
         return self.head(self.fuse(torch.cat([structure, text], dim=1)))
 
 

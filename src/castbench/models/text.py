@@ -56,6 +56,32 @@ class TextEncoder(nn.Module):
                     module.train(mode)
         return self
 
+    def read_ids(self, encoder: Path) -> None:
+        """Run every layer from token ids from now on, so that texts can be read that no cache holds.
+
+        Predictions differ from those on cached states by the rounding of these to float16.
+        """
+        if self.encoder is None:
+            from castbench.text.encoders import LayeredEncoder
+
+            self.encoder = LayeredEncoder.from_folder(encoder).requires_grad_(False)
+        self.start_layer, self.needs = 0, {"token_ids"}
+
+    def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """States of all tokens (T, width), and the attention of [CLS] in each layer that is run (B, H, T).
+
+        Explicit, and the same states as `forward`; a row sums to 1 over the text's tokens, with 0 at padding.
+        """
+        if self.encoder is None:
+            raise ValueError("cached states tell no attention; call read_ids first")
+        if self.start_layer:
+            hidden_BTd, mask_BT = pad(batch.token_states, batch.token_offsets)
+        else:
+            ids_BT, mask_BT = pad(batch.token_ids, batch.token_offsets)
+            hidden_BTd = self.encoder.embed(ids_BT)
+        hidden_BTd, maps = self.encoder.attend(hidden_BTd, mask_BT, self.start_layer, self.n_layers)
+        return unpad(hidden_BTd, batch.token_offsets), [weights_BHTT[:, :, 0] for weights_BHTT in maps]
+
     def forward(self, batch: Batch) -> Tensor:
         """States of all tokens (T, width)."""
         if self.encoder is None:
@@ -147,3 +173,8 @@ class TextOnly(Network):
     def forward(self, batch: Batch) -> Tensor:
         """Standardised predictions (B,)."""
         return self.head(self.text.cls(batch))
+
+    def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Predictions (B,) and [CLS]'s attention in each layer that the model runs (B, H, T)."""
+        states, maps = self.text.attend(batch)
+        return self.head(states[batch.token_offsets[:-1]]), maps

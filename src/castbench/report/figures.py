@@ -25,6 +25,8 @@ from castbench.evaluation.statistics import (
     read_crystals,
     read_split,
     read_values,
+    site_groups,
+    site_labels,
 )
 from castbench.labels import MODELS, TARGETS
 from castbench.provenance import atomic_path
@@ -34,8 +36,6 @@ log = logging.getLogger(__name__)
 
 INK, MUTED, RULE = "#1b1f24", "#6e7781", "#d8dee4"  # the report swaps these three in dark mode
 SPLIT_COLOURS = {"train": "#9aa5b1", "validation": "#E69F00", "test": "#0072B2"}
-BINS = 200  # of `similarity.parquet`
-SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
 STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
@@ -408,18 +408,6 @@ def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: P
             axis.set_xlabel(f"DFT ({TARGETS[target].unit})", fontsize=7)
 
 
-def site_labels() -> list[str]:
-    """Names of the groups by number of sites."""
-    lower = [1, *(end + 1 for end in SITE_BINS)]
-    names = [str(a) if a == b else f"{a}–{b}" for a, b in zip(lower, SITE_BINS, strict=False)]
-    return [*names, f"> {SITE_BINS[-1]}"]
-
-
-def site_groups(sites: np.ndarray) -> np.ndarray:
-    """Group names (n,) of numbers of sites (n,)."""
-    return np.array(site_labels())[np.searchsorted(SITE_BINS, sites)]
-
-
 def _by_group(
     settings: dict[str, Any], results: Path, groups: pd.Series, order: tuple[str, ...] | list[str], path: Path
 ) -> None:
@@ -494,150 +482,3 @@ def _cost(settings: dict[str, Any], runs: pd.DataFrame, path: Path) -> None:
             axis.tick_params(axis="y", length=0)
         if len(finished):
             axes[0].set_xscale("log")
-
-
-# --- attention ------------------------------------------------------------------------------------
-
-MAX_WORDS = 100
-ROLES = (("cast_scratch", "CAST without pretraining"), ("cast", "CAST with pretraining"))
-
-
-def plot_attention(settings: dict[str, Any], results: Path, output: Path) -> None:
-    """The paper's Figures 2 and 3. `settings` = {source}; `results` must hold `attention/`."""
-    maps = read_json(results / "attention" / "maps.json")
-    similarity = pd.read_parquet(results / "attention" / "similarity.parquet")
-    draw = {"attention_maps": _maps, "attention_heads": _heads}
-    for name, function in draw.items():
-        if maps["models"]:
-            function(settings, maps, output / name)
-        else:
-            _nothing(settings, "no finished run of CAST", output / name)
-    if len(similarity):
-        _similarity(settings, similarity, output / "attention_similarity")
-    else:
-        _nothing(settings, "no test crystal of two or more nodes", output / "attention_similarity")
-
-
-def _nothing(settings: dict[str, Any], reason: str, path: Path) -> None:
-    with drawing(settings, path) as made:
-        figure, (axis,) = panels(1, 1, (5.0, 1.2))
-        made.append(figure)
-        empty(axis, reason)
-
-
-def word_maps(maps: dict[str, Any], model: str) -> np.ndarray:
-    """Attention (layers, heads, nodes, words) of a model: a word gets the sum over its pieces."""
-    weights = np.array(maps["models"][model])
-    belongs = np.equal.outer(maps["word_of_piece"], range(len(maps["words"])))
-    return weights @ belongs.astype(float)
-
-
-def _shared_limit(values: list[np.ndarray]) -> float:
-    """Upper end of a colour scale that all maps share: a single extreme cell does not darken the rest."""
-    return float(np.quantile(np.concatenate([v.ravel() for v in values]), 0.995)) or 1.0
-
-
-def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
-    present = [(model, role) for model, role in ROLES if model in maps["models"]]
-    # The mean over heads: at word level a map is readable, and the heads have a figure of their own.
-    weights = {model: word_maps(maps, model).mean(axis=1)[..., :MAX_WORDS] for model, _ in present}
-    words = maps["words"][:MAX_WORDS]
-    layers, nodes, _ = next(iter(weights.values())).shape
-    limit = _shared_limit(list(weights.values()))
-    with drawing(settings, path) as made:
-        height = 0.34 + 0.13 * max(nodes, 2)
-        figure, grid = plt.subplots(
-            layers * len(present),
-            1,
-            figsize=(max(5.0, 0.1 * len(words) + 1.4), layers * len(present) * height + 1),
-            squeeze=False,
-            sharex=True,
-            layout="constrained",
-        )
-        made.append(figure)
-        for (line, (model, role)), layer in ((p, k) for p in enumerate(present) for k in range(layers)):
-            axis = grid[line * layers + layer, 0]
-            image = axis.imshow(weights[model][layer], aspect="auto", cmap="viridis", vmin=0, vmax=limit)
-            axis.set_yticks(range(nodes), maps["nodes"], fontsize=6.5)
-            axis.tick_params(length=0)
-            axis.spines[:].set_visible(False)
-            axis.set_ylabel(f"layer {layer + 1}", fontsize=7)
-            if layer == 0:
-                axis.set_title(role, color=MODELS[model].colour)
-        grid[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
-        shown = f" (first {MAX_WORDS} of {len(maps['words'])})" if len(maps["words"]) > MAX_WORDS else ""
-        grid[-1, 0].set_xlabel(
-            f"words of the description of {maps['formula']} ({maps['material_id']}){shown}"
-        )
-        figure.colorbar(
-            image, ax=list(grid[:, 0]), label="attention, mean over heads", shrink=0.5, pad=0.01, extend="max"
-        )
-
-
-def _heads(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
-    present = [(model, role) for model, role in ROLES if model in maps["models"]]
-    weights = {model: word_maps(maps, model)[-1, ..., :MAX_WORDS] for model, _ in present}
-    heads, nodes, _ = next(iter(weights.values())).shape
-    limit = _shared_limit(list(weights.values()))
-    with drawing(settings, path) as made:
-        figure, grid = plt.subplots(
-            heads,
-            len(present),
-            figsize=(5.2 * len(present), heads * (0.16 + 0.11 * max(nodes, 2)) + 1),
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-            layout="constrained",
-        )
-        made.append(figure)
-        for (column, (model, role)), head in ((p, k) for p in enumerate(present) for k in range(heads)):
-            axis = grid[head, column]
-            image = axis.imshow(weights[model][head], aspect="auto", cmap="viridis", vmin=0, vmax=limit)
-            axis.set_yticks(range(nodes), maps["nodes"], fontsize=6.5)
-            axis.tick_params(axis="y", length=0)
-            axis.spines[:].set_visible(False)
-            if head == 0:
-                axis.set_title(role, color=MODELS[model].colour)
-            if column == len(present) - 1:
-                axis.text(1.01, 0.5, f"head {head + 1}", transform=axis.transAxes, va="center", size=7)
-            if head == heads - 1:
-                axis.set_xlabel("word of the description (position)")
-        figure.supylabel("nodes (queries)", fontsize=8.5)
-        figure.colorbar(
-            image, ax=list(grid.flat), label="attention, last layer", shrink=0.5, pad=0.06, extend="max"
-        )
-
-
-def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) -> None:
-    layers = sorted(similarity["layer"].unique())
-    heads = {"mean over heads": similarity["head"] < 0, "each head": similarity["head"] >= 0}
-    edges = np.linspace(0, 1, 51)
-    with drawing(settings, path) as made:
-        figure, grid = plt.subplots(
-            2,
-            len(layers),
-            figsize=(2.35 * max(len(layers), 2) + 0.6, 4.2),
-            squeeze=False,
-            sharex=True,
-            sharey="row",
-            layout="constrained",
-        )
-        made.append(figure)
-        for (line, name), (column, layer) in _product(list(heads), layers):
-            axis = grid[line, column]
-            chosen = similarity[heads[name] & (similarity["layer"] == layer)]
-            for model, role in ROLES:
-                part = chosen[chosen["model"] == model]
-                if part.empty:
-                    continue
-                # the middle of a stored bin: its lower end may round into the bin below
-                counts, _ = np.histogram(part["low"] + 0.5 / BINS, bins=edges, weights=part["count"])
-                share = 100 * counts / counts.sum()
-                axis.stairs(share, edges, fill=True, color=MODELS[model].colour, alpha=0.3)
-                axis.stairs(share, edges, color=MODELS[model].colour, label=role)
-            axis.grid(axis="y")
-            axis.set_xlim(max(similarity["low"].min() - 0.02, 0), 1)
-            axis.set_title(f"layer {layer}" if line == 0 else "")
-            axis.set_xlabel("cosine similarity" if line else "")
-            axis.set_ylabel(f"node pairs (%)\n{name}" if column == 0 else "")
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

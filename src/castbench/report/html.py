@@ -24,7 +24,9 @@ from castbench.evaluation.aggregate import (
 from castbench.labels import MODELS, TARGETS
 from castbench.provenance import atomic_path
 from castbench.report import tables
+from castbench.report.attention import browser_maps, browser_text, embed_json, read_evidence, read_maps
 from castbench.report.figures import INK, MUTED, RULE, funnel_steps
+from castbench.text.parts import PARTS
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,10 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "significant": significant, "fixed": fixed, "code": code}
+    environment.filters |= {
+        "json": lambda content: markupsafe.Markup(embed_json(content)),
+        "interval": interval,
+    }
     environment.globals |= {
         "figure": lambda name: embed(results / "figures" / name),
         "caption": caption,
@@ -159,6 +165,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "table1": table1_rows(cells),
         "table1_note": tables.note(cells),
         "comparisons": comparison_rows(folder / "comparisons.csv", targets),
+        "text_gain": gain_rows(folder / "text_gain.csv", targets),
         "table2": tables.records(pd.read_csv(folder / "table2.csv")),
         "funnel": {target: funnel_steps(funnel, target) for target in targets},
         "collected": funnel["n_collected"],
@@ -172,7 +179,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "seconds": runs["seconds"].sum(),
         "pretraining": pretraining_rows(folder / "pretraining.csv"),
         "attention": attention_summary(results),
-        "deviations": yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8")),
+        "deviations": deviations("cast"),
         "versions": distinct(finished, "versions"),
         "hardware": distinct([record["cost"] for record in finished], "hardware"),
         "commits": sorted({str(record.get("commit")) for record in finished}),
@@ -184,6 +191,12 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
             if file.suffix in DOWNLOADS
         ],
     }
+
+
+def deviations(study: str) -> list[dict[str, str]]:
+    """The entries of deviations.yaml that speak of a study."""
+    entries = yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry.get("study", "cast") == study]
 
 
 def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
@@ -252,6 +265,19 @@ def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict
     ]
 
 
+def gain_rows(file: Path, targets: list[str]) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
+    """(what groups, group, a cell or None for each target) of text_gain.csv; `verdict` as in comparisons."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in tables.records(pd.read_csv(file)):
+        verdict = "near" if row["high"] < 0 else "far" if row["low"] > 0 else ""
+        found.setdefault((row["by"], row["group"]), {})[row["target"]] = row | {"verdict": verdict}
+    order = ("all", "crystal system", "sites", "text")
+    return [
+        (by, group, [cells.get(target) for target in targets])
+        for (by, group), cells in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
 def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:
     """Headers of the columns of `PRETRAINING` that hold anything, and the rows below them."""
     frame = pd.read_csv(file)
@@ -263,22 +289,78 @@ def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:
     return [PRETRAINING[name] for name in columns], frame[columns].astype(object).to_numpy().tolist()
 
 
+def json_element(content: Any) -> markupsafe.Markup:
+    """JSON that may stand in a script element."""
+    return markupsafe.Markup(embed_json(content))
+
+
+def interval(
+    row: dict[str, Any] | None, scale: float = 1, decimals: int = 3, sign: bool = False
+) -> markupsafe.Markup:
+    """A mean and below it its 95 % interval, where it has one; a dash for none."""
+    if row is None or math.isnan(row["mean"]):
+        return markupsafe.Markup("–")
+    form = f"{'+' if sign else ''}.{decimals}f"
+    low, mean, high = (format(scale * row[key], form) for key in ("low", "mean", "high"))
+    known = not math.isnan(row["low"])
+    return markupsafe.Markup(mean) + (markupsafe.Markup(f"<small>{low} to {high}</small>") if known else "")
+
+
 def attention_summary(results: Path) -> dict[str, Any]:
-    """What the attention figures show in numbers: is the paper's effect of pretraining seen?"""
-    maps = read_json(results / "attention" / "maps.json")
-    similarity = maps.get("similarity", {})
-    summary: dict[str, Any] = {"maps": bool(maps.get("models")), "similarity": similarity, "verdict": ""}
-    summary |= {key: maps.get(key) for key in ("material_id", "formula", "split", "target", "seed")}
-    without, with_ = (similarity.get(name, {}).get("mean_by_layer", []) for name in ("cast_scratch", "cast"))
-    if without and with_:
-        lower = sum(b < a for a, b in zip(without, with_, strict=True))
-        seen = "seen" if lower == len(without) else "seen in part" if lower else "not seen"
-        summary["verdict"] = (
-            f"With pretraining the nodes of a crystal read more varied words in {lower} of {len(without)} "
-            f"layers (mean similarity in the last layer {without[-1]:.3f} without, {with_[-1]:.3f} with): "
-            f"the effect that the paper reports is {seen} here."
-        )
+    """What the report says of attention: the interactive views' data, and evidence.csv as tables.
+
+    Keys: maps, text (data of the views, or None); target, seed; layers (rows of Figure 3's numbers);
+    similarity (pairs, crystals, one_node by model); verdict; rows (evidence by model, measure and about).
+    """
+    maps, text = read_maps(results), read_json(results / "attention" / "text.json")
+    summary: dict[str, Any] = {
+        "maps": browser_maps(maps) if maps.get("models") else None,
+        "text": browser_text(text) if text else None,
+        "encoder": text.get("encoder"),
+        "target": maps.get("target"),
+        "seed": maps.get("seed"),
+        "verdict": "",
+        "similarity": {},
+        "layers": [],
+        "rows": {},
+        "parts": PARTS,
+    }
+    if not (results / "tables" / "evidence.csv").exists():
+        return summary
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in tables.records(read_evidence(results)):
+        if row["measure"] != "deletion":
+            rows.setdefault(row["model"], {}).setdefault(row["measure"], {})[row["about"]] = row
+    summary["unit"] = next((r["unit"] for m in rows.values() for r in m.get("change", {}).values()), "")
+    summary["rows"] = {model: rows[model] for model in (*MODELS, "masked_node") if model in rows}
+    if summary["maps"]:
+        by_material = pd.read_parquet(results / "attention" / "by_material.parquet")
+        counts = pd.read_parquet(results / "attention" / "similarity.parquet")
+        first = by_material[by_material["layer"] == 1]
+        pairs = counts[(counts["layer"] == 1) & (counts["head"] < 0)].groupby("model")["count"].sum()
+        for model, group in first.groupby("model"):
+            alone = int((group["n_nodes"] < 2).sum())
+            summary["similarity"][model] = {
+                "pairs": int(pairs.get(model, 0)), "crystals": len(group) - alone, "one_node": alone,
+            }  # fmt: skip
+        summary["layers"] = sorted(by_material["layer"].unique().tolist())
+        summary["verdict"] = verdict(rows.get("cast", {}), summary["layers"])
     return summary
+
+
+def verdict(rows: dict[str, dict[str, Any]], layers: list[int]) -> str:
+    """Whether the paper's effect of pretraining on the similarity of attention is seen, in a sentence."""
+    found = rows.get("similarity, with minus without pretraining", {})
+    changes = [found[str(layer)] for layer in layers if str(layer) in found]
+    if not changes:
+        return ""
+    lower, higher = sum(row["high"] < 0 for row in changes), sum(row["low"] > 0 for row in changes)
+    seen = "seen" if lower == len(changes) else "seen in part" if lower else "not seen"
+    return (
+        f"The paper reports that with pretraining the nodes of a crystal read more varied words. Here their "
+        f"attention is less alike with pretraining in {lower} of {len(changes)} layers and more alike in "
+        f"{higher} (the interval excludes zero): the effect is {seen}."
+    )
 
 
 def distinct(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
+from castbench.materials.records import read_material
+from castbench.materials.structures import Crystal, pack_crystals
 from castbench.provenance import atomic_path, write_json
 from castbench.text import robocrystallographer
 from castbench.text.normalise import plain
@@ -116,6 +118,36 @@ class Worker:
             status = f"failed: worker died with exit code {self.process.exitcode}"
         self.stop()
         return None, status
+
+
+def describe_crystal(crystal: Path, output: Path, time_limit: float = 600) -> None:
+    """Describe the one crystal of a file: Parquet like descriptions.parquet, with one row.
+
+    Args:
+        crystal: a file of any kind that materials are read from, such as a CIF.
+        output: material_id (the file's name without its ending, unless the record has one), text, ...
+        time_limit: seconds.
+
+    Raises:
+        InputError: the file holds no usable crystal, or robocrystallographer cannot describe it.
+    """
+    material = read_material(crystal)
+    text, status, seconds = describe_alone(material.crystal, time_limit)
+    if text is None:
+        raise InputError(f"{crystal}: no description ({status}); give another crystal")
+    row = {"material_id": material.material_id, "text": text, "status": status, "seconds": seconds}
+    with atomic_path(output) as partial:
+        pq.write_table(pa.Table.from_pylist([row], SCHEMA), partial)
+
+
+def describe_alone(crystal: Crystal, time_limit: float) -> tuple[str | None, str, float]:
+    """Text (None where there is none), status and seconds of one crystal, in a process of its own."""
+    robocrystallographer.check_versions()
+    with Worker(robocrystallographer.describe, robocrystallographer.prepare, time_limit) as worker:
+        worker.start()
+        start = time.perf_counter()
+        text, status = worker(pack_crystals([crystal])[0].as_py())
+        return text, status, time.perf_counter() - start
 
 
 def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output: Path) -> None:

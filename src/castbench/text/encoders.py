@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,6 +79,28 @@ class LayeredEncoder(nn.Module):
         for layer in self.layers[start:stop]:
             hidden_BTd = layer(hidden_BTd, attention_mask)
         return hidden_BTd
+
+    def attend(
+        self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `run`, with each layer's attention (B, H, T, T) by an explicit softmax; exactly 0 at padding."""
+        maps = []
+        layers: list[Any] = list(self.layers[start:stop])
+        for layer in layers:
+            attention = layer.attention.self
+
+            def heads(states: torch.Tensor, n: int = attention.num_attention_heads) -> torch.Tensor:
+                return states.unflatten(-1, (n, -1)).transpose(1, 2)
+
+            q_BHTd, k_BHTd, v_BHTd = (
+                heads(part(hidden_BTd)) for part in (attention.query, attention.key, attention.value)
+            )
+            scores_BHTT = q_BHTd @ k_BHTd.mT / q_BHTd.shape[-1] ** 0.5
+            weights_BHTT = scores_BHTT.masked_fill(~mask_BT[:, None, None, :], -torch.inf).softmax(dim=-1)
+            context_BTd = (weights_BHTT @ v_BHTd).transpose(1, 2).flatten(2)
+            hidden_BTd = layer.feed_forward_chunk(layer.attention.output(context_BTd, hidden_BTd))
+            maps.append(weights_BHTT)
+        return hidden_BTd, maps
 
 
 def prefetch_encoder(encoder: str, output: Path) -> None:

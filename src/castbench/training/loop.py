@@ -37,6 +37,7 @@ CHECKPOINT_SECONDS = 30.0
 MAX_GRADIENT_NORM = 1.0
 LINES = 10  # of progress in the log of a run
 TERMINATED = 143  # 128 + SIGTERM: the job was stopped and can be started again
+RATES = {"new": "learning_rate", "lora": "lora_learning_rate", "encoder": "encoder_learning_rate"}
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Trainer:
     """One run of `network` on `objective`, whose state can be written and read after any step.
 
     Args:
-        training: the section of the config (learning rates, weight decay, warm-up, cycles).
+        training: the section of the config (learning rates, weight decay, warm-up, cycles; where it has
+            `patience`, the run stops early, after that many epochs without a better validation).
         epochs: length of the run.
         seed: of data order, masks and dropout.
         fabric: device and precision.
@@ -112,6 +114,8 @@ class Trainer:
         self.clock = self.saved = time.monotonic()
         with bar, terminable() as terminated:
             for epoch in range(run.step // run.steps, self.epochs):
+                if self.ended():
+                    break
                 order = epoch_batches(self.objective.rows, self.objective.batch_size, self.seed, epoch)
                 self.module.train()
                 for place in range(run.step % run.steps, run.steps):
@@ -124,11 +128,19 @@ class Trainer:
                 self.close_epoch(epoch, order)
                 if run.failure:
                     return run
-                if run.step == run.total or self.due(terminated):
+                if self.ended() or self.due(terminated):
                     self.save(terminated)
         self.network.load_trained_state(run.best)
         self.module.eval()
         return run
+
+    def ended(self) -> bool:
+        """Whether all steps are taken, or validation has not improved for `patience` epochs."""
+        run, patience = self.run, self.training.get("patience")
+        if run.step == run.total:
+            return True
+        closed = run.step % run.steps == 0 and run.best_epoch is not None
+        return bool(patience and closed and len(run.history) - 1 - (run.best_epoch or 0) >= patience)
 
     def advance(self, rows: Tensor) -> Tensor:
         """Take one optimiser step; the loss () stays on the device."""
@@ -188,7 +200,7 @@ class Trainer:
         """Write a checkpoint; the last one holds the best weights alone. Exit if that was asked for."""
         run = self.run
         tensors = {f"best/{name}": value for name, value in run.best.items()}
-        if run.step < run.total:
+        if not self.ended():
             tensors |= {f"network/{name}": value for name, value in self.network.trained_state().items()}
             for index, moments in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
@@ -217,7 +229,7 @@ class Trainer:
             kind, _, rest = name.partition("/")
             parts[kind][rest] = value.to(self.fabric.device)
         run.best = parts["best"]
-        if run.step < run.total:
+        if not self.ended():
             run.losses = parts["losses"][""]
             self.network.load_trained_state(parts["network"])
             moments: dict[int, dict[str, Tensor]] = {}
@@ -230,12 +242,15 @@ class Trainer:
 
 
 def make_optimizer(network: Network, training: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW with groups for matrices, other new parameters and LoRA; `peak` is the full learning rate."""
-    groups = network.parameter_groups()
-    matrices = [parameter for parameter in groups["new"] if parameter.ndim > 1]
-    others = [parameter for parameter in groups["new"] if parameter.ndim <= 1]
-    rate, lora_rate, decay = (training[k] for k in ("learning_rate", "lora_learning_rate", "weight_decay"))
-    kinds = ((matrices, rate, decay), (others, rate, 0.0), (groups["lora"], lora_rate, 0.0))
+    """AdamW; each group of parameters has its `peak` rate, and its matrices decay, those of LoRA excepted."""
+    decay, kinds = training["weight_decay"], []
+    for name, parameters in network.parameter_groups().items():
+        if not parameters:
+            continue
+        peak = training[RATES[name]]
+        matrices = [p for p in parameters if p.ndim > 1 and name != "lora"]
+        others = [p for p in parameters if p.ndim <= 1 or name == "lora"]
+        kinds += [(matrices, peak, decay), (others, peak, 0.0)]
     return torch.optim.AdamW(
         [{"params": ps, "lr": peak, "peak": peak, "weight_decay": wd} for ps, peak, wd in kinds if ps],
         fused=True,

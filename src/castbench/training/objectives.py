@@ -35,16 +35,16 @@ class Objective(ABC):
     columns: tuple[str, ...]
     selects: str
 
-    def __init__(self, crystals: Crystals, train: Tensor, validation: Tensor, batch_size: int):
-        self.crystals, self.rows, self.validation, self.batch_size = crystals, train, validation, batch_size
+    def __init__(self, train: Tensor, validation: Tensor, batch_size: int):
+        self.rows, self.validation, self.batch_size = train, validation, batch_size
 
     @abstractmethod
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
-        """Mean loss () over the crystals `rows` (B,) at a step of the run."""
+        """Mean loss () over the crystals or compositions `rows` (B,) at a step of the run."""
 
     @abstractmethod
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Values of `columns` on the validation crystals."""
+        """Values of `columns` on the validation part; one that is not defined there may be absent."""
 
 
 class Regression(Objective):
@@ -64,7 +64,8 @@ class Regression(Objective):
         validation: Tensor,
         training: dict[str, Any],
     ):
-        super().__init__(crystals, train, validation, training["batch_size"])
+        super().__init__(train, validation, training["batch_size"])
+        self.crystals = crystals
         self.values = values
         self.loss_function = LOSSES[training["loss"]]
         of_train = values[train.numpy()]
@@ -105,7 +106,8 @@ class Pretraining(Objective):
     def __init__(
         self, crystals: Crystals, train: Tensor, validation: Tensor, pretraining: dict[str, Any], seed: int
     ):
-        super().__init__(crystals, train, validation, pretraining["batch_size"])
+        super().__init__(train, validation, pretraining["batch_size"])
+        self.crystals = crystals
         self.seed = seed
 
     def prepare(self, batch: Batch, *stream: int | str) -> Batch:

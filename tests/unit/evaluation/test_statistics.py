@@ -5,6 +5,7 @@ from castbench.evaluation.statistics import (
     crystal_systems,
     dataset_statistics,
     mean_baseline,
+    mean_interval,
     paired_difference,
     read_split,
     read_values,
@@ -71,3 +72,10 @@ def test_paired_difference_covers_a_known_shift():
     mean, low, high = paired_difference(common + 0.1 + rng.normal(0, 0.2, 400), common)
     assert low < 0.1 < high and low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.2)
+
+
+def test_a_mean_of_few_crystals_has_no_interval():
+    assert mean_interval(np.arange(4.0))[0] == 1.5 and np.isnan(mean_interval(np.arange(4.0))[1:]).all()
+    assert np.isnan(mean_interval(np.array([]))).all()
+    mean, low, high = mean_interval(np.arange(100.0))
+    assert mean == 49.5 and 42 < low < 46 and 53 < high < 57

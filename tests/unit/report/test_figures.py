@@ -3,24 +3,17 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pandas as pd
-import pytest
 from PIL import Image
 
 from castbench.labels import MODELS
 from castbench.provenance import write_json
-from castbench.report.figures import (
-    funnel_steps,
-    plot_attention,
-    plot_dataset,
-    plot_results,
-    site_groups,
-    word_maps,
-)
+from castbench.report.figures import funnel_steps, plot_dataset, plot_results, site_groups
 
 NAMES = {
     "dataset_funnel", "target_histograms", "token_lengths", "results_by_seed", "learning_curves", "parity",
     "error_by_crystal_system", "error_by_sites", "cost",
     "attention_maps", "attention_heads", "attention_similarity",
+    "text_attention", "attention_by_part", "text_changes", "deletion_curves",
 }  # fmt: skip
 
 
@@ -69,24 +62,6 @@ def test_gaps_are_said(results, settings, tmp_path):
     assert "<!-- no run -->" in svg["parity"] and "<!-- no run -->" in svg["learning_curves"]
     assert "<!-- too few crystals -->" in svg["target_histograms"]
     assert "<!-- too few crystals -->" in svg["error_by_sites"]
-
-
-def test_attention_figures_without_any_run(settings, tmp_path):
-    (tmp_path / "attention").mkdir()
-    write_json(
-        tmp_path / "attention" / "maps.json",
-        {"models": {}, "similarity": {}, "target": "band_gap", "seed": 0},
-    )
-    columns = ["model", "layer", "head", "low", "count"]
-    pd.DataFrame(columns=columns).to_parquet(tmp_path / "attention" / "similarity.parquet")
-    plot_attention(settings, tmp_path, tmp_path / "figures")
-    for name in ("attention_maps", "attention_heads", "attention_similarity"):
-        assert (tmp_path / "figures" / f"{name}.svg").exists()
-
-
-def test_a_word_has_the_attention_of_its_pieces():
-    maps = {"words": ["[CLS]", "mgo"], "word_of_piece": [0, 1, 1], "models": {"cast": [[[[0.5, 0.2, 0.3]]]]}}
-    assert word_maps(maps, "cast") == pytest.approx(np.array([[[[0.5, 0.5]]]]))
 
 
 def test_groups_of_sites():

@@ -1,0 +1,1 @@
+"""Compositions: formulas without structures, their splits, descriptors and the screening of new ones."""

@@ -1,0 +1,27 @@
+"""Trained models as their runs left them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from castbench.models import build_model, build_pretraining
+from castbench.models.base import Network
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """metrics.json of a run folder; status "missing" where there is none."""
+    file = run / "metrics.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"status": "missing"}
+
+
+def load_run(run: Path, encoder: Path) -> Network:
+    """The trained network of a run or a pretraining, in evaluation mode."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    if "model" in config:
+        network = build_model(config["model"], config["architecture"], encoder)
+    else:
+        network = build_pretraining(config["objective"], config["architecture"], encoder)
+    network.load_trained_state(load_file(run / "model.safetensors"))
+    return network.eval()

@@ -1,0 +1,194 @@
+"""What a trained model makes of one new crystal and its text, as a small HTML page."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+
+from castbench.errors import InputError
+from castbench.evaluation.attention import attention, node_names
+from castbench.evaluation.probes import Row, Subject, parts_of
+from castbench.evaluation.trained import read_run
+from castbench.graphs.build import build_graphs
+from castbench.labels import MODELS, TARGETS
+from castbench.materials.records import Material, read_material, to_table
+from castbench.models.cross_attention import Cast
+from castbench.provenance import atomic_path
+from castbench.report.attention import ORDER_NAMES, PART_COLOURS, browser_maps, quantised
+from castbench.report.html import json_element
+from castbench.text.descriptions import describe_crystal
+from castbench.text.packed import read_manifest
+from castbench.text.reading import LABELS, Reader, Reading
+from castbench.text.tokens import tokenize_text
+
+log = logging.getLogger(__name__)
+
+
+def explain(run: Path, crystal: Path, /, output: Path | None = None) -> None:
+    """Predict one new crystal with a trained model and write a page on what the model read in its text.
+
+    The page has the prediction, the description with what the model attends to, and what becomes of the
+    prediction when parts of the text are taken out. Graph and text are made as for the run's data set.
+
+    Args:
+        run: a run folder, results/{dataset}/runs/{target}/{model}/{seed}, of a model that reads text.
+        crystal: a file with one crystal, such as a CIF.
+        output: the page; by default {crystal}.html in the current folder.
+
+    Raises:
+        InputError: the run did not finish or its model reads no text; the crystal cannot be used.
+    """
+    record = read_run(run)
+    if record["status"] != "finished" or "target" not in record:
+        raise InputError(f"{run}: no finished run is here; give results/DATASET/runs/TARGET/MODEL/SEED")
+    if record["text"] == "none":
+        raise InputError(f"{run}: {record['model']} reads no text; take a run of another model")
+    results = run.resolve().parents[3]
+    tokens = read_manifest(results / "tokens", "tokenize_text")
+    encoder = find_encoder(results.parent / "encoders", tokens["encoder"]["checksum"])
+    material = read_material(crystal)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_caches(material, crystal, folder, results, tokens["max_tokens"], encoder)
+        subject = Subject(run, record, folder / "graphs", folder / "tokens", encoder)
+        if not subject.crystals.has_graph[0]:
+            raise InputError(f"{crystal}: its graph cannot be built; the log says why")
+        text = pq.read_table(folder / "descriptions.parquet", columns=["text"])["text"][0].as_py()
+        reading = Reader.of(folder / "tokens", encoder).read(text)
+        content = page_content(subject, record, material, reading)
+    output = output or Path(f"{crystal.stem}.html")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("castbench.report"),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["json"] = json_element
+    with atomic_path(output) as partial:
+        partial.write_text(environment.get_template("explain.html").render(content), encoding="utf-8")
+    log.info("%s: %.3f %s; the page is %s", material.crystal.formula, content["prediction"], content["unit"],
+             output)  # fmt: skip
+
+
+def find_encoder(folder: Path, checksum: str) -> Path:
+    """The text encoder with this checksum.
+
+    Raises:
+        InputError: it is not there.
+    """
+    for manifest in sorted(folder.glob("*/manifest.json")):
+        if json.loads(manifest.read_text(encoding="utf-8"))["checksum"] == checksum:
+            return manifest.parent
+    raise InputError(f"{folder}: does not hold the text encoder of this run; run the rule prefetch_encoder")
+
+
+def make_caches(
+    material: Material, crystal: Path, folder: Path, results: Path, max_tokens: int, encoder: Path
+) -> None:
+    """Graph, description and tokens of one crystal, with the settings of the data set `results`."""
+    pq.write_table(to_table([material]), folder / "materials.parquet")
+    settings = json.loads((results / "graphs" / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    build_graphs(settings, folder / "materials.parquet", folder / "graphs", threads=1)
+    describe_crystal(crystal, folder / "descriptions.parquet")
+    tokenize_text({"max_tokens": max_tokens}, folder / "descriptions.parquet", encoder, folder / "tokens")
+
+
+def page_content(
+    subject: Subject, record: dict[str, Any], material: Material, reading: Reading
+) -> dict[str, Any]:
+    """What the template shows."""
+    rows = list(subject.probe(0, reading, None, np.random.default_rng(0)))
+    frame = pd.DataFrame(rows, columns=list(Row._fields))
+    own = float(frame.loc[frame["condition"] == "own", "value"].iloc[0])
+    model, target = MODELS[record["model"]], TARGETS[record["target"]]
+    return {
+        "formula": material.crystal.formula,
+        "material_id": material.material_id,
+        "spacegroup": material.spacegroup,
+        "sites": len(material.crystal.species),
+        "model": model,
+        "target": target,
+        "unit": target.unit,
+        "seed": record["seed"],
+        "prediction": own,
+        "test_mae": record["test"]["mae"],
+        "tokens": len(reading.ids),
+        "tokens_full": reading.n_full,
+        "changes": change_rows(frame, own),
+        "parts": part_rows(frame, own, reading),
+        "correlation": float(frame.loc[frame["condition"] == "rank correlation", "value"].iloc[0]),
+        "curve": curve_rows(frame, own),
+        **views(subject, material, reading, model.label, model.colour),
+    }
+
+
+def views(subject: Subject, material: Material, reading: Reading, label: str, colour: str) -> dict[str, Any]:
+    """Data of the interactive views: of CAST the map of its nodes, of others [CLS]; and the gradients."""
+    words = {
+        "material_id": material.material_id, "formula": material.crystal.formula, "words": reading.words,
+        "parts": reading.part_of_word, "labels": LABELS,
+    }  # fmt: skip
+    gradients = reading.by_word(subject.attribution(0, reading)) * subject.std
+    shown = {"words": reading.words, "values": gradients.tolist(), "colours": PART_COLOURS}
+    batch = subject.batch(0, [reading.ids])
+    network: Any = subject.network
+    found: dict[str, Any] = {"gradients": shown, "map": None, "text": None}
+    if isinstance(network, Cast):
+        entry = words | {
+            "why": None, "split": None, "nodes": node_names(batch.atomic_numbers.tolist()),
+            "tokens": len(reading.ids), "tokens_full": reading.n_full,
+            "maps": {"model": reading.by_word(attention(network, batch)[0])},
+        }  # fmt: skip
+        content = {"labels": LABELS, "models": ["model"], "materials": [entry]}
+        return found | {"map": browser_maps(content, {"model": (label, colour)})}
+    with torch.inference_mode():
+        maps = torch.stack([weights[0] for weights in network.attention_maps(batch)[1]])
+    weights = reading.by_word(maps.numpy())
+    return found | {
+        "text": words | quantised(weights) | {"colours": PART_COLOURS, "layers": [len(weights) - 1]}
+    }
+
+
+def change_rows(frame: pd.DataFrame, own: float) -> list[tuple[str, float]]:
+    """(what the text is replaced by, change of the prediction)."""
+    names = {
+        "none": "no text", "only formula": "the formula alone",
+        "sentences shuffled": "sentences in another order (mean of three)",
+    }  # fmt: skip
+    means = frame.groupby("condition")["value"].mean()
+    return [(name, float(means[key]) - own) for key, name in names.items()]
+
+
+def part_rows(frame: pd.DataFrame, own: float, reading: Reading) -> list[dict[str, Any]]:
+    """Of each part: share of tokens, attention and gradients; change without it, and by chance."""
+    rows = []
+    for part in parts_of(reading):
+        of_part = frame[frame["part"] == part]
+        values = {name: group for name, group in of_part.groupby("condition")}
+        rows.append(
+            {
+                "part": part,
+                "colour": PART_COLOURS[LABELS.index(part)],
+                "tokens": float(values["attention"]["share"].iloc[0]),
+                "attention": float(values["attention"]["value"].iloc[0]),
+                "gradients": float(values["attribution"]["value"].iloc[0]),
+                "change": float(values["without"]["value"].iloc[0]) - own,
+                "chance": float((values["random"]["value"] - own).abs().mean()),
+            }
+        )
+    return rows
+
+
+def curve_rows(frame: pd.DataFrame, own: float) -> list[tuple[str, list[tuple[float, float]]]]:
+    """(order of deletion, [(share taken out, absolute change)])."""
+    curves = []
+    for order, name in ORDER_NAMES.items():
+        chosen = frame[frame["condition"] == f"delete {order}"]
+        change = (chosen["value"] - own).abs().groupby(chosen["share"]).mean()
+        curves.append((name, list(zip(change.index.tolist(), change.tolist(), strict=True))))
+    return curves

@@ -1,0 +1,232 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from castbench.errors import InputError
+from castbench.evaluation.evidence import tabulate_evidence
+from castbench.evaluation.probes import DRAWS, SHARES, Subject, probe_text, shuffle_sentences, spearman
+from castbench.evaluation.text_attention import extract_text_attention
+from castbench.evaluation.trained import read_run
+from castbench.provenance import write_json
+from castbench.text.reading import LABELS, SPECIAL, Reader
+from castbench.training.dataset import Crystals
+from small_study import TEXTS
+
+TESTED = ["m-1", "m-2", "m-3", "m-4", "m-5", "m-6"]  # m-0 has no text, m-7 no graph
+MODELS = ("cast", "crysmmnet_frozen", "crysmmnet_lora", "text_only", "masked_node")
+
+
+def run_of(study, model):
+    if model == "masked_node":
+        return study / "pretrain" / "masked_node" / "0"
+    return study / "runs" / "band_gap" / model / "0"
+
+
+def probe(study, encoder, model, output, crystals=None, run=None):
+    probe_text(
+        {"probes": crystals}, run or run_of(study, model), study / "materials.parquet",
+        study / "splits" / "band_gap.json", study / "descriptions.parquet", study / "graphs",
+        study / "tokens", encoder, output,
+    )  # fmt: skip
+    return pd.read_parquet(output)
+
+
+@pytest.fixture(scope="module")
+def folder(study, encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attention")
+    for model in MODELS:
+        probe(study, encoder, model, folder / "probes" / f"{model}.parquet")
+    return folder
+
+
+def read(folder, model):
+    return pd.read_parquet(folder / "probes" / f"{model}.parquet")
+
+
+def subject_of(study, encoder, model):
+    run = run_of(study, model)
+    return Subject(run, read_run(run), study / "graphs", study / "tokens", encoder)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_test_crystal_with_graph_and_text_is_asked_everything(folder, model):
+    frame = read(folder, model)
+    assert sorted(frame["material_id"].unique()) == TESTED
+    counts = frame.groupby("condition").size()
+    assert counts["own"] == counts["none"] == counts["another crystal's"] == len(TESTED)
+    assert counts["random"] == DRAWS * counts["without"]
+    if model != "masked_node":
+        assert counts["delete attended"] == len(SHARES) * len(TESTED)
+        assert counts["delete random"] == DRAWS * len(SHARES) * len(TESTED)
+
+
+@pytest.mark.parametrize("model", ["cast", "crysmmnet_frozen"])
+def test_the_own_text_gives_the_models_prediction(study, encoder, folder, model):
+    """In the target's unit, and up to the rounding of the cached states."""
+    from castbench.evaluation.trained import load_run
+
+    network = load_run(run_of(study, model), encoder)
+    crystals = Crystals(
+        network, study / "graphs", study / "tokens", study / "text_states" / "0", torch.device("cpu")
+    )
+    rows, _ = crystals.rows(TESTED)
+    with torch.no_grad():
+        expected = network(crystals.batch(rows)).numpy() * 3.0 + 2.0
+    own = read(folder, model).query("condition == 'own'").set_index("material_id").loc[TESTED]
+    assert own["value"].to_numpy() == pytest.approx(expected, abs=5e-3)
+    assert own["truth"].to_numpy() == pytest.approx(np.linspace(0, 3, 10)[1:7])
+
+
+def test_without_any_token_only_cls_and_sep_are_left_whatever_the_order(folder):
+    frame = read(folder, "cast")
+    last = frame[(frame["share"] == 1.0) & frame["condition"].str.startswith("delete")]
+    assert (last.groupby("material_id")["value"].agg(np.ptp) < 1e-5).all()
+    empty = frame[frame["condition"] == "none"].set_index("material_id")["value"]
+    assert (last.groupby("material_id")["value"].first() - empty).abs().max() > 1e-6  # [SEP] is a token
+
+
+def test_texts_are_read_anew(study, encoder):
+    """Taking tokens out changes the states of those that stay."""
+    subject = subject_of(study, encoder, "crysmmnet_frozen")
+    reading = Reader.of(study / "tokens", encoder).read(TEXTS[0])
+    shorter = np.delete(reading.ids, reading.inner[3:9])
+    with torch.no_grad():
+        states = [subject.network.text(subject.batch(1, [ids]))[1] for ids in (reading.ids, shorter)]
+    assert not torch.allclose(*states, atol=1e-3)
+
+
+def test_masses_of_attention_and_gradients_add_up(folder):
+    for model in ("cast", "crysmmnet_lora"):
+        frame = read(folder, model)
+        for condition in ("attention", "attribution"):
+            chosen = frame[frame["condition"] == condition]
+            assert (chosen.groupby("material_id")["value"].sum() - 1).abs().max() < 1e-5
+            assert set(chosen["part"]) == set(LABELS)
+        shares = frame[frame["condition"] == "attention"].groupby("material_id")["share"].sum()
+        assert (shares - 1).abs().max() < 1e-5
+
+
+def test_attention_is_that_of_the_model(study, encoder):
+    subject = subject_of(study, encoder, "cast")
+    reading = Reader.of(study / "tokens", encoder).read(TEXTS[0])
+    with torch.no_grad():
+        _, maps = subject.network.attention_maps(subject.batch(2, [reading.ids]))
+    expected = torch.stack([weights[0].mean(dim=(0, 1)) for weights in maps]).mean(0)
+    assert subject.attention(2, reading) == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["cast", "text_only"])
+def test_gradients_add_up_to_the_difference_from_a_blank_text(study, encoder, model, monkeypatch):
+    import castbench.evaluation.probes as module
+
+    monkeypatch.setattr(module, "STEPS", 64)
+    subject = subject_of(study, encoder, model)
+    reading = Reader.of(study / "tokens", encoder).read(TEXTS[1])
+    blank = np.where(reading.part == SPECIAL, reading.ids, subject.pad_id)
+    with torch.no_grad():
+        values = [subject.network(subject.batch(3, [ids])).item() for ids in (reading.ids, blank)]
+    found = subject.attribution(3, reading)
+    assert found.sum() == pytest.approx(values[0] - values[1], abs=0.02 * np.abs(found).sum())
+    assert found[0] == found[-1] == 0
+
+
+def test_hidden_nodes_are_counted(study, encoder, folder):
+    frame = read(folder, "masked_node")
+    assert frame["truth"].between(1, 4).all() and (frame["value"] <= frame["truth"]).all()
+    assert (frame.groupby("material_id")["truth"].agg(np.ptp) == 0).all()
+
+
+def test_a_sample_is_drawn_and_a_run_without_result_is_empty(study, encoder, tmp_path):
+    frame = probe(study, encoder, "text_only", tmp_path / "a.parquet", crystals=2)
+    assert frame["material_id"].nunique() == 2
+    write_json(tmp_path / "run" / "metrics.json", {"status": "failed"})
+    assert probe(study, encoder, "cast", tmp_path / "b.parquet", run=tmp_path / "run").empty
+
+
+def test_the_same_bytes_again(study, encoder, folder, tmp_path):
+    probe(study, encoder, "cast", tmp_path / "cast.parquet")
+    assert (tmp_path / "cast.parquet").read_bytes() == (folder / "probes" / "cast.parquet").read_bytes()
+
+
+def test_sentences_are_moved_whole(encoder):
+    reading = Reader(encoder, 512, normalise=False).read(TEXTS[0])
+    ids = shuffle_sentences(reading, np.random.default_rng(3))
+    assert sorted(ids) == sorted(reading.ids) and (ids[0], ids[-1]) == (reading.ids[0], reading.ids[-1])
+    sentences = [tuple(reading.ids[reading.sentence == n]) for n in range(4)]
+    text = tuple(ids[1:-1])
+    assert not np.array_equal(ids, reading.ids)
+    for sentence in sentences:
+        assert any(text[i : i + len(sentence)] == sentence for i in range(len(text)))
+
+
+def test_spearman():
+    assert spearman(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
+    assert np.isnan(spearman(np.ones(3), np.arange(3)))
+
+
+def test_every_number_has_crystals_and_an_interval(folder, tmp_path):
+    tabulate_evidence({"target": "band_gap"}, folder, tmp_path / "evidence.csv")
+    frame = pd.read_csv(tmp_path / "evidence.csv")
+    assert set(frame["model"]) == set(MODELS)
+    known = frame[frame["mean"].notna()]
+    assert (known["n"] >= 1).all()
+    assert (known["low"].notna() == (known["n"] >= 5)).all() and (known["n"] >= 5).sum() > 100
+    given = known[known["n"] >= 5]
+    assert (given["low"] <= given["mean"] + 1e-6).all() and (given["mean"] <= given["high"] + 1e-6).all()
+    assert set(frame.loc[frame["measure"] == "change", "unit"]) == {"eV"}
+
+
+def test_numbers_are_what_they_say(tmp_path):
+    def row(condition, value, material="a", part=None, share=0.0, draw=0):
+        return {"material_id": material, "condition": condition, "part": part, "share": share, "draw": draw,
+                "value": value, "truth": 1.0}  # fmt: skip
+
+    rows = []
+    for material, own in (("a", 2.0), ("b", 4.0)):
+        rows += [row("own", own, material), row("none", own + 1, material)]
+        rows += [row("sentences shuffled", own + d, material, draw=d) for d in (0, 1, 2)]
+        rows += [row("without", own - 0.5, material, "formula", 0.2)]
+        rows += [row("random", own + d, material, "formula", 0.2, d) for d in (0, 1, -1)]
+        for name, mass in (("attention", 0.7), ("attribution", 0.4)):
+            rows += [
+                row(name, mass, material, "formula", 0.25),
+                row(name, 0.1, material, "[CLS], [SEP]", 0.1),
+            ]
+        for order, change in (("attended", 2.0), ("attributed", 1.0), ("random", 1.0)):
+            rows += [row(f"delete {order}", own + change, material, None, s) for s in (0.5, 1.0)]
+        rows += [row("rank correlation", 0.3, material)]
+    (tmp_path / "probes").mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path / "probes" / "cast.parquet")
+    tabulate_evidence({"target": "band_gap"}, tmp_path, tmp_path / "evidence.csv")
+    found = pd.read_csv(tmp_path / "evidence.csv").set_index(["measure", "about"])["mean"].to_dict()
+    assert found["change", "none"] == 1 and found["error change", "none"] == 1
+    assert found["change", "sentences shuffled"] == 1
+    assert found["change", "formula"] == 0.5 and found["error change", "formula"] == -0.5
+    assert found["change by chance", "formula"] == pytest.approx(2 / 3)
+    assert found["attention", "formula"] == 0.7 and found["tokens", "formula"] == 0.25
+    # from (0, 0) to (0.5, 2) to (1, 2), and half of that
+    assert found["area", "attended"] == 1.5 and found["area", "random"] == 0.75
+    assert found["area", "attended minus random"] == 0.75
+
+
+def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
+    import json
+
+    from transformers import AutoModel
+
+    output = tmp_path / "text.json"
+    extract_text_attention(study / "descriptions.parquet", "m-2", study / "tokens", encoder, output)
+    found = json.loads(output.read_text())
+    weights = np.array(found["weights"])
+    assert weights.shape == (2, 2, len(found["words"])) and weights.sum(-1) == pytest.approx(1, abs=1e-4)
+    assert found["formula"] == "MgO" and found["tokens"] < found["tokens_full"]
+    reading = Reader.of(study / "tokens", encoder).read(TEXTS[0])
+    model = AutoModel.from_pretrained(encoder, attn_implementation="eager")
+    with torch.no_grad():
+        maps = model(torch.from_numpy(reading.ids)[None], output_attentions=True).attentions
+    expected = np.stack([reading.by_word(m[0, :, 0].numpy()) for m in maps])
+    assert weights == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match="m-0 has no description"):
+        extract_text_attention(study / "descriptions.parquet", "m-0", study / "tokens", encoder, output)

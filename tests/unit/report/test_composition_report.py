@@ -1,0 +1,123 @@
+"""Pieces of the composition report that can be wrong without looking wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from castbench.compositions.targets import threshold_text
+from castbench.evaluation.classification import class_scores
+from castbench.evaluation.compositions import class_row, difference, enrichment_table, number_table, score_run
+from castbench.report.composition_figures import attention_by_token, focal_curve
+from castbench.report.composition_html import mean_std, plot_points
+from castbench.report.html import deviations
+
+SETTINGS = {
+    "models": ["baseline", "edm_transformer"], "structure_models": [], "regression": ["band_gap"],
+    "classification": {"stability": 0.0}, "seeds": [0, 1], "targets": [],
+}  # fmt: skip
+
+
+def record(shift: float) -> dict:
+    truth = np.array([0.0, 1.0, 2.0, 3.0] * 2)
+    predictions = pd.DataFrame(
+        {
+            "formula": list("abcdefgh"), "split": ["validation"] * 4 + ["test"] * 4,
+            "band_gap_true": truth, "band_gap_pred": truth + shift,
+            "stability_true": [0, 1, 0, 1] * 2, "stability_pred": [0.1, 0.4, 0.2, 0.3] * 2,
+        }
+    )  # fmt: skip
+    scores = score_run(predictions, ["band_gap"], ["stability"])
+    return {"status": "finished", "scores": scores, "predictions": predictions}
+
+
+@pytest.fixture
+def runs() -> dict:
+    shifts = {("baseline", 0): 1.0, ("baseline", 1): 1.0, ("edm_transformer", 0): 0.2}
+    missing = {("edm_transformer", 1): {"status": "missing", "reason": "no metrics.json"}}
+    return {key: record(shift) for key, shift in shifts.items()} | missing
+
+
+def test_a_runs_threshold_comes_from_validation_and_is_used_on_test():
+    found = record(0.0)["scores"]["stability"]
+    assert found["threshold"] == pytest.approx(0.25)
+    assert found["test"]["at_threshold"]["accuracy"] == 1
+    assert found["test"]["at_half"]["recall"]["positive"] == 0
+
+
+def test_the_gap_table_has_every_run_and_the_reports_row(runs: dict):
+    table = number_table(runs, SETTINGS).set_index("model")
+    assert table.loc["edm_transformer", ["finished", "expected"]].tolist() == [1, 2]
+    assert table.loc["edm_transformer", "mae_mean"] == pytest.approx(0.2)
+    assert table.loc["baseline", "mae_std"] == 0
+    assert table.loc["baseline", "minus_edm"] == pytest.approx(0.8)
+    assert table.loc["edm_report", "mae_mean"] == 0.4267
+    assert difference(runs, SETTINGS, "edm_transformer", "band_gap")["minus_edm"] is None
+
+
+def test_a_class_row_has_every_average():
+    row = class_row(class_scores(np.array([0, 1, 1]), np.array([0, 1, 0])))
+    assert row["recall_positive"] == 0.5
+    assert len(row) == 2 + 3 * 4
+
+
+def test_enrichment_rows_are_by_pool_and_seed():
+    own = {"enrichment": [{"share": 0.01, "n": 1, "hits": 1}], "roc_auc_pool": 0.9, "roc_auc_hidden": 0.8}
+    pool = {"n": 100, "n_hidden": 3, "mean": own, "0": own}
+    table = enrichment_table({"n_hidden_stable": 4, "pools": {"in_window": pool, "allowed": pool}}, [0])
+    assert table["pool"].tolist() == ["in_window", "in_window", "allowed", "allowed"]
+    assert table["seed"].isna().tolist() == [True, False, True, False]
+
+
+def test_the_two_averages_of_attention_differ():
+    weights = np.zeros((4, 3, 3))
+    weights[:, 0] = [[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.1, 0.45, 0.45], [0.1, 0.1, 0.8]]
+    mean, count = attention_by_token(weights)
+    assert mean == pytest.approx([0.275, 0.3, 0.425])
+    assert count.tolist() == [2, 1, 1]
+
+
+def test_the_focal_curve_is_the_loss():
+    p = np.array([0.5, 1.0])
+    assert focal_curve(p, 1, 0) == pytest.approx([np.log(2), 0])
+    assert focal_curve(p, 0.25, 2) == pytest.approx([0.25 * 0.25 * np.log(2), 0])
+
+
+def test_thresholds_are_said_with_their_unit():
+    assert threshold_text("stability", 0.0) == "stable: energy above hull ≤ 0 eV/atom"
+    assert threshold_text("metallicity", 0.1) == "metal: band gap ≤ 0.1 eV"
+
+
+def test_numbers_without_spread_have_no_brackets():
+    assert mean_std({"mae_mean": 0.4267, "mae_std": float("nan")}, "mae") == "0.427"
+    assert mean_std({"mae_mean": 0.4, "mae_std": 0.01}, "mae") == "0.400 (0.010)"
+    assert mean_std({"mae_mean": float("nan")}, "mae") == "–"
+
+
+def test_points_are_json_without_nan_or_tags(tmp_path: Path):
+    table = pd.DataFrame(
+        {
+            "formula": ["CaTiO3", "</script>", "KSnCl3"], "rank": [2, 1, 3], "in_window": [True, True, False],
+            "band_gap_mean": [1.0, 2.0, 3.0], "band_gap_std": [0.1, float("nan"), 0.1],
+            "stability_mean": [0.9, 0.95, 0.1], "stability_std": [0.1] * 3, "goldschmidt": [1.0] * 3,
+            "bartel": [3.9, 4.0, 5.0], "known": ["test", None, None], "known_stable": [True, None, None],
+        }
+    )  # fmt: skip
+    table.to_parquet(tmp_path / "candidates.parquet")
+    text = plot_points(tmp_path / "candidates.parquet")
+    assert "<" not in text
+    found = json.loads(text)
+    assert found["formula"] == ["</script>", "CaTiO3"]
+    assert found["gapStd"] == [None, 0.1]
+    assert found["stable"] == [None, True]
+
+
+def test_each_study_shows_its_own_deviations(root: Path):
+    entries = yaml.safe_load((root / "workflow/resources/deviations.yaml").read_text())
+    cast, compositions = deviations("cast"), deviations("compositions")
+    assert len(cast) + len(compositions) == len(entries)
+    assert all(entry["id"].startswith("edm_") for entry in compositions)
+    assert not any(entry["id"].startswith("edm_") for entry in cast)
