@@ -68,6 +68,7 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     """
     import torch
 
+    from castbench.cards import take_card
     from castbench.text.encoders import LayeredEncoder
     from castbench.text.encoders import read_manifest as read_encoder
 
@@ -75,6 +76,7 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     checksum = read_encoder(encoder)["checksum"]
     if packed.manifest["encoder"]["checksum"] != checksum:
         raise InputError(f"{tokens}: tokens of another encoder than {encoder}; run tokenize_text again")
+    take_card(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LayeredEncoder.from_folder(encoder).to(device)
