@@ -1,7 +1,7 @@
 """Which GPU a job takes: where it sees several, one that no other job on the machine holds.
 
-Snakemake counts cards (the resource `gpu`) but does not say which; without this all jobs would take the first.
-A cluster's scheduler shows a job its own card alone, and then there is nothing to choose.
+Snakemake counts cards (the resource `gpu`) but does not say which: all jobs would take the first. A cluster's
+scheduler shows a job its own card alone, and then there is nothing to choose.
 """
 
 import fcntl

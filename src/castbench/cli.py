@@ -33,6 +33,8 @@ VERBS = {
     "plot_results": "castbench.report.figures",
     "plot_attention": "castbench.report.figures",
     "render_report": "castbench.report.html",
+    "archive_results": "castbench.report.archive",
+    "predict_cost": "castbench.report.prediction",
 }
 log = logging.getLogger("castbench")
 

@@ -3,8 +3,8 @@
     python tests/cluster/slurm.py [--gpus 2] snakemake --workflow-profile workflow/profiles/slurm ...
 
 Needs root and the packages slurm-wlm, slurm-client and munge (Debian). Every daemon listens on the loopback
-interface alone. /etc/slurm must hold no configuration: Slurm's clients look there, whatever the environment says.
-The node claims more cores and memory than the machine has, so that what a profile asks for fits.
+interface alone. /etc/slurm must hold no configuration: Slurm's clients look there, whatever the environment
+says. The node claims more cores and memory than the machine has, so that what a profile asks for fits.
 """
 
 import argparse
@@ -132,9 +132,13 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
         for i in range(self.gpus):
-            (self.folder / f"gpu{i}").symlink_to(os.devnull)  # a device, else Slurm sets no CUDA_VISIBLE_DEVICES
+            (self.folder / f"gpu{i}").symlink_to(
+                os.devnull
+            )  # a device, else Slurm sets no CUDA_VISIBLE_DEVICES
         folder, ports = self.folder, free_ports(2)
-        self.write("slurm.conf", SLURM_CONF.format(host=self.host, folder=folder, ports=ports, gpus=self.gpus))
+        self.write(
+            "slurm.conf", SLURM_CONF.format(host=self.host, folder=folder, ports=ports, gpus=self.gpus)
+        )
         cards = f"gpu[0-{self.gpus - 1}]" if self.gpus > 1 else "gpu0"
         self.write("gres.conf", f"Name=gpu File={folder}/{cards}\n")
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -184,7 +188,7 @@ class Cluster:
     def owns(self, pid: int) -> bool:
         """Whether a step daemon writes to this cluster's log."""
         try:
-            return any(self.folder in Path(os.readlink(file)).parents for file in Path(f"/proc/{pid}/fd").iterdir())
+            return any(self.folder in file.readlink().parents for file in Path(f"/proc/{pid}/fd").iterdir())
         except OSError:
             return False
 
@@ -230,7 +234,9 @@ class Cluster:
 
 def main() -> int:
     """Run a command beside a cluster."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", type=int, default=2, help="simulated cards (default 2)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The pipeline on a real Slurm, with trainings and a node killed in the middle, gives the bytes of a local run."""
+"""On a real Slurm, with trainings and a node killed in the middle, the pipeline ends as a local run does."""
 
 import os
 import re
@@ -49,9 +49,7 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "snakemake", "--configfile", *PRESETS, *arguments]
     with folder.with_suffix(".out").open("w") as output:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, text=True
-        )
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, text=True)
 
 
 @pytest.fixture(scope="module")

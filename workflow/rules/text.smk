@@ -69,6 +69,8 @@ rule tokenize_text:
         "results/{dataset}/tokens/manifest.json",
     log:
         "results/{dataset}/logs/tokenize_text.log",
+    benchmark:
+        "results/{dataset}/benchmarks/tokenize_text.tsv"
     conda:
         "../../envs/train.yaml"
     params:
@@ -88,6 +90,8 @@ rule embed_text:
         "results/{dataset}/text_states/{remaining}/manifest.json",
     log:
         "results/{dataset}/logs/embed_text/{remaining}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/embed_text/{remaining}.tsv"
     conda:
         "../../envs/train.yaml"
     resources:

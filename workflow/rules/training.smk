@@ -56,6 +56,8 @@ rule train_model:
         ),
     log:
         "results/{dataset}/logs/train_model/{target}.{model}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/train_model/{target}.{model}.tsv"
     retries: RETRIES
     conda:
         "../../envs/train.yaml"
