@@ -44,7 +44,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
-SlurmdTimeout=6
+SlurmdTimeout=30
 KillWait=20
 ReturnToService=2
 StateSaveLocation={folder}/state
@@ -154,7 +154,10 @@ class Cluster:
         self.daemon("slurmd", "-D", "-N", self.host)
 
     def kill_node(self) -> None:
-        """What the death of a node does: slurmd and all that it started are gone at once."""
+        """What the death of a node does: slurmd and all that it started are gone at once.
+
+        Slurm's controller would find out at a next ping; here it is told.
+        """
         slurmd = self.processes.pop("slurmd")
         for pid in [slurmd.pid, *self.jobs()]:
             try:
@@ -162,6 +165,7 @@ class Cluster:
             except ProcessLookupError:
                 continue
         slurmd.wait()
+        self.ask("scontrol", "update", f"nodename={self.host}", "state=down", "reason=died")
 
     def jobs(self) -> list[int]:
         """Process ids of the running jobs: the step daemons of this cluster and their descendants."""

@@ -14,8 +14,6 @@ rule build_graphs:
         "results/{dataset}/graphs/manifest.json",
     log:
         "results/{dataset}/logs/build_graphs.log",
-    benchmark:
-        "results/{dataset}/benchmarks/build_graphs.tsv"
     conda:
         "../../envs/data.yaml"
     threads: workflow.cores

@@ -19,6 +19,8 @@ rule describe_shard:
         "results/{dataset}/descriptions/{shard}.parquet",
     log:
         "results/{dataset}/logs/describe_shard/{shard}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/describe_shard/{shard}.tsv"
     conda:
         "../../envs/data.yaml"
     params:
@@ -69,8 +71,6 @@ rule tokenize_text:
         "results/{dataset}/tokens/manifest.json",
     log:
         "results/{dataset}/logs/tokenize_text.log",
-    benchmark:
-        "results/{dataset}/benchmarks/tokenize_text.tsv"
     conda:
         "../../envs/train.yaml"
     params:
@@ -90,8 +90,6 @@ rule embed_text:
         "results/{dataset}/text_states/{remaining}/manifest.json",
     log:
         "results/{dataset}/logs/embed_text/{remaining}.log",
-    benchmark:
-        "results/{dataset}/benchmarks/embed_text/{remaining}.tsv"
     conda:
         "../../envs/train.yaml"
     resources:

@@ -92,8 +92,9 @@ class Rates:
     describe: float  # core seconds a crystal
     graphs: float  # core seconds a crystal
     tokenize: float  # seconds a crystal
-    embed: float  # seconds a crystal and layer count as measured; 0 where nothing is embedded
+    embed: float  # seconds a crystal; 0 where nothing is embedded
     start: float  # seconds of a training job outside of its training: imports, opening caches
+    start_describe: float  # likewise of a shard of descriptions
     train: dict[str, float] = field(default_factory=dict)  # seconds a crystal and epoch, by model
     pretrain: dict[str, float] = field(default_factory=dict)  # likewise, by objective
     share: float = 0.0  # of the crystals that are pretrained on
@@ -118,16 +119,16 @@ def measure(results: Path) -> Rates:
         crystals=crystals,
         device="",
         describe=descriptions["seconds"]["total"] / crystals,
-        graphs=benchmark(results, "build_graphs")["cpu_time"] / graphs["n_graphs"],
-        tokenize=benchmark(results, "tokenize_text")["s"] / crystals,
+        graphs=needed(results / "graphs/cost.json")["cpu_seconds"] / graphs["n_graphs"],
+        tokenize=needed(results / "tokens/cost.json")["seconds"] / crystals,
         embed=0.0,
         start=0.0,
+        start_describe=0.0,
         encoder=tokens["encoder"]["id"],
         tokens=tokens["n_tokens_full_mean"],
     )
-    embedded = [file.parent.name for file in results.glob("text_states/*/manifest.json")]
-    if embedded:
-        rates.embed = max(benchmark(results, f"embed_text/{name}")["s"] for name in embedded) / crystals
+    embedded = [read_json(file)["seconds"] for file in results.glob("text_states/*/cost.json")]
+    rates.embed = max(embedded, default=0.0) / crystals
     records = list(finished(results / "runs", "*/*")) + list(finished(results / "pretrain", "*"))
     if not records:
         raise InputError(f"{results}: no finished training to predict from; run the workflow first")
@@ -145,7 +146,15 @@ def measure(results: Path) -> Rates:
         rates.run = max(rates.run, size(folder) + size(folder.parent / "checkpoints" / folder.name))
     for name, (seconds, work) in spent.items():
         (rates.train if name in meaning.MODELS else rates.pretrain)[name] = seconds / work
-    rates.start = overhead(results)
+    jobs: dict[str, float] = {}
+    for _, record, cost, _ in records:
+        if "target" in record:
+            name = f"{record['target']}.{record['model']}"
+            jobs[name] = jobs.get(name, 0.0) + cost["seconds"]
+    rates.start = overhead(results, "train_model", jobs)
+    shards = len(list((results / "descriptions").glob("*.parquet")))
+    each = descriptions["seconds"]["total"] / max(shards, 1)
+    rates.start_describe = overhead(results, "describe_shard", {str(i): each for i in range(shards)})
     folders = ("graphs", "tokens", "text_states", "descriptions", "materials")
     files = ("materials.parquet", "descriptions.parquet")
     rates.caches = sum(size(results / name) for name in (*folders, *files)) / crystals
@@ -163,24 +172,10 @@ def needed(file: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def benchmark(results: Path, name: str) -> dict[str, float]:
-    """What Snakemake measured of a job: s (wall) and cpu_time, in seconds.
-
-    Raises:
-        InputError: it was not measured.
-    """
-    file = results / "benchmarks" / f"{name}.tsv"
-    if not file.is_file():
-        raise InputError(f"{file}: missing; run {name.split('/')[0]} again with this version of the workflow")
-    row = pd.read_csv(file, sep="\t").iloc[-1]
-    wall = float(row["s"])
-    cpu = pd.to_numeric(row["cpu_time"], errors="coerce")
-    return {"s": wall, "cpu_time": max(float(cpu) if pd.notna(cpu) else 0.0, wall)}
+Record = tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
-def finished(
-    folder: Path, pattern: str
-) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+def finished(folder: Path, pattern: str) -> Iterator[Record]:
     """Folder, metrics, cost and settings of every finished run."""
     for file in sorted(folder.glob(f"{pattern}/[0-9]*/metrics.json")):
         record, cost = read_json(file), read_json(file.with_name("cost.json"))
@@ -188,14 +183,11 @@ def finished(
             yield file.parent, record, cost, read_json(file.with_name("config.json"))
 
 
-def overhead(results: Path) -> float:
-    """Mean seconds of a training job beside those in its runs' records; 0 for jobs that were continued."""
-    outside = []
-    for file in sorted((results / "benchmarks/train_model").glob("*.tsv")):
-        target, model = file.stem.split(".")
-        runs = finished(results / "runs" / target, model)
-        wall = float(pd.read_csv(file, sep="\t").iloc[-1]["s"])
-        outside.append(max(0.0, wall - sum(cost["seconds"] for _, _, cost, _ in runs)))
+def overhead(results: Path, rule: str, inside: dict[str, float]) -> float:
+    """Mean seconds of a job of `rule` beside those in `inside`, by name: imports, opening of caches."""
+    files = {file.stem: file for file in (results / "benchmarks" / rule).glob("*.tsv")}
+    walls = {name: float(pd.read_csv(file, sep="\t").iloc[-1]["s"]) for name, file in files.items()}
+    outside = [max(0.0, wall - inside[name]) for name, wall in walls.items() if name in inside]
     return sum(outside) / len(outside) if outside else 0.0
 
 
@@ -277,13 +269,22 @@ def planned_jobs(config: dict[str, Any], rates: Rates, sizes: Sizes, speedup: fl
     if lacking:
         raise InputError(f"no finished run of {', '.join(lacking)} to predict from; train it in a pilot")
     seeds, shards, n = config["training"]["seeds"], config["text"]["shards"], sizes.crystals
-    jobs = [Job("describe_shard", "texts", rates.describe * n / shards) for _ in range(shards)]
-    jobs.append(Job("build_graphs", "graphs", rates.graphs * n / 8, cores=8))
-    jobs.append(Job("tokenize_text", "tokens", rates.tokenize * n, ("texts",)))
+    jobs = [
+        Job("describe_shard", "texts", rates.start_describe + rates.describe * n / shards)
+        for _ in range(shards)
+    ]
+    jobs.append(Job("build_graphs", "graphs", rates.start_describe + rates.graphs * n / 8, cores=8))
+    jobs.append(Job("tokenize_text", "tokens", rates.start + rates.tokenize * n, ("texts",)))
     remaining = {meaning.remaining_layers(name, config) for name in (*config["models"], *objectives(config))}
     for layers in sorted(remaining - {None}, key=str):
         jobs.append(
-            Job("embed_text", f"states {layers}", rates.embed * n / speedup, ("tokens",), device=True)
+            Job(
+                "embed_text",
+                f"states {layers}",
+                rates.start + rates.embed * n / speedup,
+                ("tokens",),
+                device=True,
+            )
         )
 
     def reads(name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from castbench.errors import InputError
-from castbench.provenance import atomic_path, sha256_file
+from castbench.provenance import atomic_path, measured, sha256_file
 from castbench.text.packed import read_manifest, write_manifest
 from castbench.text.tokens import PackedTokens
 
@@ -91,7 +91,11 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     firsts = np.array([texts[0] for texts in groups], dtype=np.int64)
     lengths = np.diff(packed.token_offsets)[firsts]
     done, report_at = 0, 0.0
-    with atomic_path(output / "states.npy") as partial, torch.inference_mode():
+    with (
+        measured(output / "cost.json"),
+        atomic_path(output / "states.npy") as partial,
+        torch.inference_mode(),
+    ):
         states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         for batch in _buckets(lengths):
             ids_BT = np.zeros((len(batch), lengths[batch].max()), dtype=np.int64)
