@@ -36,6 +36,7 @@ for _i in range({models}):
 
 def copy(folder: Path) -> Path:
     """The project without its results, and the text encoder's files if they are there."""
+    folder.mkdir()
     for name in PROJECT:
         source = ROOT / name
         ignore = shutil.ignore_patterns("__pycache__")

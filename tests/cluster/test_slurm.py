@@ -110,6 +110,7 @@ def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
         job = training_jobs(cluster)["crysmmnet_frozen"]
         cluster.kill_node()
         assert "crysmmnet_frozen" not in training_jobs(cluster)
+        (folder / LOGS / "total_energy.crysmmnet_frozen.log").unlink()  # the next one is of the second start
         cluster.start_node()
         until(lambda: training_jobs(cluster).get("crysmmnet_frozen") == job, "the requeue")
         # A training is killed as the kernel does when memory is short.
