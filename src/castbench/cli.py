@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import sys
 import types
 import typing
@@ -36,6 +37,7 @@ VERBS = {
     "archive_results": "castbench.report.archive",
     "predict_cost": "castbench.report.prediction",
 }
+ONLINE = ("prefetch_encoder",)  # the verbs that ask the Hugging Face Hub
 log = logging.getLogger("castbench")
 
 
@@ -93,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="castbench", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen = next((word for word in arguments if word in VERBS), None)
+    if chosen not in ONLINE:  # read by the Hub's client when it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
     function: Callable[..., None] | None = None
     for verb in VERBS:
         child = verbs.add_parser(verb)

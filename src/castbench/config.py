@@ -53,9 +53,40 @@ def check(config: Config) -> None:
             f"architecture.cross_attention.heads: {fusion['heads']} does not divide "
             f"the width {fusion['width']}; choose a divisor"
         )
-    fractions = config["materials"]["split"]["fractions"]
+    materials = config["materials"]
+    if materials["source"] != "materials_project":
+        for key in ("snapshot", "database_version"):
+            if materials[key] is not None:
+                raise InputError(
+                    f"materials.{key}: is for source materials_project, and materials.source is "
+                    f"{materials['source']}; make it null or change the source"
+                )
+    elif materials["columns"]:
+        raise InputError(
+            "materials.columns: the Materials Project's fields have names of their own; make it {}"
+        )
+    fractions = materials["split"]["fractions"]
     if abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
+
+
+def source_settings(config: Config) -> Config:
+    """The part of the configuration that the materials depend on before any filter."""
+    materials = config["materials"]
+    if materials["source"] != "materials_project":
+        return {key: materials[key] for key in ("source", "path", "columns")}
+    # The descriptions are part of the download, where they are asked for.
+    return {
+        **{key: materials[key] for key in ("source", "snapshot", "database_version")},
+        "descriptions": config["text"]["source"] != "generate",
+    }
+
+
+def source_files(config: Config) -> list[str]:
+    """The files that the materials are read from; none for a download."""
+    settings = source_settings(config)
+    file = settings.get("path") or settings.get("snapshot")
+    return [file] if file else []
 
 
 def text_mode(name: str, config: Config) -> str:

@@ -1,5 +1,6 @@
 """Where a file came from: hashes, versions, hardware. And writing files that are whole or not there."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from castbench.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 PACKAGES = (
     "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
     "robocrys", "spglib", "numpy", "scipy", "pandas", "pyarrow", "snakemake",
@@ -22,14 +27,23 @@ PACKAGES = (
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; synced, it takes the name `path` only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a path to write to; synced, it takes the name `path` only if the block succeeds.
+
+    Raises:
+        InputError: the disk is full, a quota or a limit reached.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        what = os.strerror(error.errno).lower()
+        raise InputError(f"{path}: cannot be written ({what}); make space and start again") from error
     finally:
         partial.unlink(missing_ok=True)
 

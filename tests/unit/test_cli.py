@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     log = tmp_path / "split.log"
     assert cli.main(["split_materials", "--settings", "{}", "--log", str(log)]) == 1
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_only_the_prefetch_may_ask_the_hub(monkeypatch: pytest.MonkeyPatch, verb: str):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "as the user has it")
+    with pytest.raises(SystemExit):  # arguments are missing
+        cli.main([verb])
+    expected = "as the user has it" if verb == "prefetch_encoder" else "1"
+    assert os.environ["HF_HUB_OFFLINE"] == expected
 
 
 def test_an_unknown_verb_lists_the_known_ones(root: Path):

@@ -53,6 +53,48 @@ def test_every_key_is_described_and_listed_in_the_default_config(schema: dict, c
             section = section[part]
 
 
+def value_at(config: dict, path: str):
+    for part in path.split("."):
+        config = config[part]
+    return config
+
+
+def test_the_paper_preset_takes_nothing_from_the_default_config(root: Path, schema: dict):
+    preset = yaml.safe_load((root / "workflow/presets/paper.yaml").read_text())
+    for path, _ in properties(schema):
+        value_at(preset, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("materials.source", "materials_project"),
+        ("materials.path", None),
+        ("materials.sample", None),
+        ("materials.filters.max_formation_energy", 0.15),
+        ("materials.filters.max_energy_above_hull", 0.15),
+        ("materials.filters.min_formation_energy", -10),
+        ("materials.filters.max_modulus", 1000),
+        ("text.source", "generate"),
+        ("text_encoder", "matscibert"),
+        ("max_tokens", 512),
+        ("training.batch_size", 64),
+        ("training.warmup_steps", 1000),
+        ("pretraining.masked_node.batch_size", 64),
+        ("pretraining.masked_node.mask_probability", 0.5),
+        ("pretraining.contrastive.batch_size", 360),
+        ("architecture.cross_attention.layers", 4),
+        ("architecture.cross_attention.heads", 8),
+        ("architecture.cross_attention.width", 128),
+        ("architecture.cogn.width", 128),
+        ("architecture.lora.layers", "all"),
+    ],
+)
+def test_the_paper_preset_has_the_papers_values(root: Path, path: str, value: object):
+    preset = yaml.safe_load((root / "workflow/presets/paper.yaml").read_text())
+    assert value_at(preset, path) == value
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -60,6 +102,7 @@ def test_every_key_is_described_and_listed_in_the_default_config(schema: dict, c
         ({"epochs": 3}, "epochs"),
         ({"training": {"lr": 1}}, "lr"),
         ({"materials": {"source": "icsd"}}, "icsd"),
+        ({"materials": {"filters": {"ordered_moduli": "loose"}}}, "loose"),
         ({"targets": []}, "[]"),
         ({"training": {"seeds": [0, 0]}}, "[0, 0]"),
     ],
@@ -76,6 +119,9 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"architecture": {"cogn": {"width": 64}}}, "cogn.width"),
         ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
         ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
+        ({"materials": {"snapshot": "a.jsonl.zst"}}, "materials.snapshot"),
+        ({"materials": {"source": "local", "database_version": "2025.09.25"}}, "materials.database_version"),
+        ({"materials": {"source": "materials_project", "columns": {"text": "t"}}}, "materials.columns"),
     ],
 )
 def test_contradictions_are_named(config: dict, change: dict, named: str):
@@ -129,3 +175,15 @@ def test_environments_agree_with_the_lock_file(root: Path):
     for file in (root / "envs").glob("*.yaml"):
         packages = yaml.safe_load(file.read_text())["dependencies"][-1]["pip"]
         assert pins(packages).items() <= lock.items(), file.name
+
+
+def test_the_source_depends_on_its_own_keys(config: dict):
+    """A change of the text reruns a download that brings it, and no other source."""
+    provided = {"text": {"source": "provided"}}
+    assert meaning.source_settings(merged(config, provided)) == meaning.source_settings(config)
+    assert meaning.source_files(config) == [config["materials"]["path"]]
+    config = merged(config, {"materials": {"source": "materials_project"}})
+    assert not meaning.source_settings(config)["descriptions"]
+    assert meaning.source_settings(merged(config, provided))["descriptions"]
+    assert meaning.source_files(config) == []
+    assert meaning.source_files(merged(config, {"materials": {"snapshot": "a.zst"}})) == ["a.zst"]

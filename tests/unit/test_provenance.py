@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from castbench import provenance
+from castbench.errors import InputError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
@@ -17,6 +19,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
         raise RuntimeError
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+def test_a_full_disk_is_one_line(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.with_name(f".{file.name}.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"a.json: cannot be written \(no space left on device\)"):
+        provenance.write_json(file, {"a": 1})
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_is_canonical_and_refuses_nan(tmp_path: Path):

@@ -123,6 +123,11 @@ def settings(*keys):
     return json.dumps(found, sort_keys=True)
 
 
+def source_settings():
+    """What the source needs of the configuration, as one JSON object."""
+    return json.dumps(meaning.source_settings(config), sort_keys=True)
+
+
 def text_inputs(name, wildcards):
     """Caches of the text that a model or an objective reads."""
     if meaning.text_mode(name, config) == "none":

@@ -1,7 +1,9 @@
 """Crystals and their labels.
 
-Input: the source named in the configuration (materials.source, materials.path).
-Output: materials.parquet, funnel.json, splits/{target}.json.
+Input: the source named in the configuration (materials.source): a file (materials.path), the Materials Project,
+or a snapshot of it (materials.snapshot).
+Output: materials.parquet, funnel.json, splits/{target}.json. A download leaves materials/snapshot.jsonl.zst, not
+declared, like its pages: Snakemake removes what a failed job declares, and the next start goes on from these.
 """
 
 
@@ -12,9 +14,9 @@ localrules:
 
 
 rule collect_materials:
-    """Read and validate the crystals of the source."""
+    """Read or download the crystals of the source, and validate them."""
     input:
-        config["materials"]["path"],
+        meaning.source_files(config),
     output:
         materials="results/{dataset}/materials/collected.parquet",
         manifest="results/{dataset}/materials/manifest.json",
@@ -23,7 +25,7 @@ rule collect_materials:
     conda:
         "../../envs/data.yaml"
     params:
-        settings=settings("materials.source", "materials.path", "materials.columns"),
+        settings=source_settings(),
     shell:
         "python -m castbench collect_materials --settings {params.settings:q} --output {output.materials}"
         " --manifest {output.manifest} --log {log}"

@@ -154,10 +154,11 @@ def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) ->
 
 
 def with_paper_statistics(statistics: pd.DataFrame) -> pd.DataFrame:
-    """Our Table 2 and the paper's columns; its "val/test" stands beside our validation and our test."""
+    """Our Table 2 and the paper's columns, for train, val/test and, counts alone, all."""
     paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").drop(columns="source")
-    paper = paper.assign(split=paper["split"].replace({"val/test": "validation"}))
-    paper = pd.concat([paper, paper[paper["split"] == "validation"].assign(split="test")])
+    total = paper.groupby("target", as_index=False)[["n", "text_count"]].sum()
+    total = total.assign(split="all", text_percent=100 * total["text_count"] / total["n"])
+    paper = pd.concat([paper, total])
     paper = paper.rename(columns={c: f"paper_{c}" for c in paper.columns if c not in ("target", "split")})
     return statistics.merge(paper, how="left", on=["target", "split"])
 

@@ -12,6 +12,8 @@ from castbench.labels import TARGETS
 from castbench.materials.targets import target_values
 
 SPLITS = ("train", "validation", "test")
+# Rows of Table 2 for each target: our splits, the two that are one column in the paper, and the whole.
+TABLE2 = {**{part: (part,) for part in SPLITS}, "val/test": ("validation", "test"), "all": SPLITS}
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
@@ -54,18 +56,22 @@ def read_values(results: Path, target: str) -> pd.Series:
 def dataset_statistics(results: Path, targets: list[str]) -> pd.DataFrame:
     """The paper's Table 2 for this data, one row a target and split. Every std is the sample's (ddof = 1).
 
-    Token counts are those before truncation; a crystal without text counts with its [CLS] alone.
+    Beside train, validation and test a target has the rows "val/test", both as the paper has them, and "all".
+    Token counts are those before truncation; a crystal without text counts with its [CLS] alone. `y_mean` and
+    `y_std` are in `unit`.
     """
     crystals = read_crystals(results)
     rows = []
     for target in targets:
         split, values = read_split(results, target), read_values(results, target)
-        for part in SPLITS:
-            chosen, y = crystals.loc[split[part]], values.loc[split[part]]
+        for name, parts in TABLE2.items():
+            ids = [material for part in parts for material in split[part]]
+            chosen, y = crystals.loc[ids], values.loc[ids]
             rows.append(
                 {
                     "target": target,
-                    "split": part,
+                    "unit": TARGETS[target].unit,
+                    "split": name,
                     "n": len(chosen),
                     "nodes_mean": chosen["n_nodes"].mean(),
                     "nodes_std": chosen["n_nodes"].std(),

@@ -5,7 +5,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,27 @@ from castbench.provenance import sha256_file
 
 Record = tuple[str, dict[str, Any] | RecordError]  # its name in messages, and what it says
 BATCH = 1_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and where they come from.
+
+    Attributes:
+        origin: what the `origin` column says where the record does not.
+        records: pairs of a name for messages and a record, or a RecordError in its place.
+        columns: our column -> path in a record.
+        files: entries of the manifest: path, bytes, sha256.
+        download: entry of the manifest: what was asked of which database, and when.
+    """
+
+    origin: str
+    records: Iterable[Record]
+    columns: Mapping[str, str]
+    files: list[dict[str, Any]]
+    licence: str | None = None
+    citation: str | None = None
+    download: dict[str, Any] | None = None
 
 
 def read_records(path: Path) -> Iterator[Record]:

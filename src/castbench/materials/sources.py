@@ -1,8 +1,10 @@
 """Collecting materials: the sources, and the checks that every record of any source passes."""
 
 import logging
+import shutil
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,32 +13,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
-from castbench.materials.readers import BATCH, Record, fingerprint, read_records
+from castbench.materials.materials_project import download, open_materials_project
+from castbench.materials.readers import BATCH, Source, fingerprint, read_records
 from castbench.materials.records import LABELS, SCHEMA, Columns, Material, to_table
 from castbench.materials.structures import RecordError
 from castbench.provenance import atomic_path, write_json
 
 log = logging.getLogger(__name__)
 LISTED = 1_000  # rejected records that the manifest names; all are counted, and all are logged
-
-
-@dataclass(frozen=True)
-class Source:
-    """Records, and where they come from.
-
-    Attributes:
-        origin: what the `origin` column says where the record does not.
-        records: pairs of a name for messages and a record, or a RecordError in its place.
-        columns: our column -> path in a record.
-        files: entries of the manifest: path, bytes, sha256.
-    """
-
-    origin: str
-    records: Iterable[Record]
-    columns: Mapping[str, str]
-    files: list[dict[str, Any]]
-    licence: str | None = None
-    citation: str | None = None
 
 
 def open_demo(settings: Mapping[str, Any]) -> Source:
@@ -74,7 +58,11 @@ def source_path(settings: Mapping[str, Any]) -> Path:
 
 
 # A new source is a function of the settings and a line here.
-SOURCES: dict[str, Callable[[Mapping[str, Any]], Source]] = {"demo": open_demo, "local": open_local}
+SOURCES: dict[str, Callable[[Mapping[str, Any]], Source]] = {
+    "demo": open_demo,
+    "local": open_local,
+    "materials_project": open_materials_project,
+}
 
 
 @dataclass
@@ -107,17 +95,30 @@ class Tally:
             self.rejected.append({"record": name, "reason": error.reason, "detail": error.detail})
 
 
-def collect_materials(settings: dict[str, Any], output: Path, manifest: Path) -> None:
+def collect_materials(
+    settings: dict[str, Any], output: Path, manifest: Path, snapshot: Path | None = None
+) -> None:
     """Read a source, check every record, and write the good ones and an account of all.
 
     Args:
-        settings: `source`, `path`, `columns` of the configuration's `materials`.
+        settings: what the source needs of the configuration: `source`, and `path` and `columns`, or
+            `snapshot`, `database_version` and `descriptions`.
         output: Parquet file to write, in the order of the source, in row groups of 1,000.
         manifest: JSON file to write: files with hashes, counts, rejected records by reason, labels by column.
+        snapshot: where a download from the Materials Project is archived; beside the output if not given.
+            Its pages lie in `pages` beside the output until all is written.
 
     Raises:
-        InputError: the source cannot be read, its mapping does not fit, or no record is usable.
+        InputError: the source cannot be read or reached, its mapping does not fit, or no record is usable.
     """
+    pages = output.with_name("pages")
+    live = settings["source"] == "materials_project" and not settings.get("snapshot")
+    if live:
+        snapshot = snapshot or output.with_name("snapshot.jsonl.zst")
+        download(settings, snapshot, pages)
+        settings = settings | {"snapshot": str(snapshot)}
+    elif snapshot:
+        raise InputError(f"--snapshot {snapshot}: archives a download, and these settings need none; drop it")
     source = SOURCES[settings["source"]](settings)
     columns, tally = Columns(source.columns), Tally()
     materials = check_records(source, columns, tally)
@@ -151,14 +152,17 @@ def collect_materials(settings: dict[str, Any], output: Path, manifest: Path) ->
             },
             "licence": source.licence,
             "citation": source.citation,
+            **({"download": source.download} if source.download else {}),
         },
     )
+    if live:
+        shutil.rmtree(pages)
     log.info("%s: kept %d of %d records", source.origin, tally.kept, tally.read)
 
 
 def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Material]:
     """Iterate over the usable materials of a source; the others are counted. Of equal ids the first stays."""
-    seen: dict[str, bytes] = {}
+    seen = Seen()
     for name, record in source.records:
         tally.read += 1
         try:
@@ -166,10 +170,10 @@ def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Ma
                 raise record
             material = columns.read(record, name, source.origin)
             digest = material.digest()
-            known = seen.setdefault(material.material_id, digest)
-            if known is not digest:
-                if known == digest:
-                    raise RecordError("repeated record", f"{material.material_id} is there already, the same")
+            known = seen.add(material.material_id, digest)
+            if known == digest:
+                raise RecordError("repeated record", f"{material.material_id} is there already, the same")
+            if known:
                 raise RecordError(
                     "duplicate id", f"another crystal or label is called {material.material_id}"
                 )
@@ -179,3 +183,21 @@ def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Ma
             continue
         tally.keep(name, material)
         yield material
+
+
+class Seen:
+    """The ids so far with their digests, in a temporary database: memory does not grow with them."""
+
+    def __init__(self) -> None:
+        # On disk where it outgrows its cache, and gone when closed.
+        self.database = sqlite3.connect("", isolation_level=None)
+        self.database.execute("PRAGMA journal_mode = OFF")
+        self.database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY, digest BLOB) WITHOUT ROWID")
+
+    def add(self, identifier: str, digest: bytes) -> bytes | None:
+        """Add an id; returns its digest if it was there already."""
+        found = self.database.execute("SELECT digest FROM seen WHERE id = ?", (identifier,)).fetchone()
+        if found:
+            return found[0]
+        self.database.execute("INSERT INTO seen VALUES (?, ?)", (identifier, digest))
+        return None

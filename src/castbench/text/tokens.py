@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from castbench.errors import InputError
 from castbench.provenance import measured
-from castbench.text import ENCODERS
+from castbench.text import ENCODERS, read_encoder
 from castbench.text.packed import growing_array, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,6 @@ def tokenize_text(settings: dict[str, Any], descriptions: Path, encoder: Path, o
     """
     # Seconds of import that those who only map tokens need not spend.
     from castbench.text.encoders import load_tokenizer
-    from castbench.text.encoders import read_manifest as read_encoder
     from castbench.text.normalise import normalise_matscibert
 
     described = read_encoder(encoder)

@@ -5,7 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from castbench.evaluation.aggregate import aggregate_runs, is_paper_setting
+from castbench.evaluation.aggregate import RESOURCES, aggregate_runs, is_paper_setting
 from castbench.provenance import write_json
 from synthetic_results import SETTINGS, write_results
 
@@ -50,6 +50,24 @@ def test_markdown_and_latex_mark_best_and_second_and_say_reference_only(results)
     assert "paper 0.039" not in markdown  # log_bulk_modulus was not run
     assert latex.count(r"\textbf{0.405 (0.007)}") == 3 and latex.count(r"\underline{") == 3
     assert "ddof = 1" in markdown and "ddof = 1" in latex
+
+
+def test_table2_has_the_papers_counts_means_and_spreads_beside_ours(results):
+    table = pd.read_csv(aggregate(results) / "table2.csv").set_index(["target", "split"])
+    paper = pd.read_csv(RESOURCES / "paper" / "table2.csv").set_index(["target", "split"])
+    totals = {"total_energy": 114_398, "band_gap": 65_367, "log_shear_modulus": 9_423}
+    for target in SETTINGS["targets"]:
+        for split in ("train", "val/test"):
+            beside = table.loc[(target, split)].filter(like="paper_").rename(lambda name: name[6:])
+            expected = paper.loc[(target, split)].drop("source")
+            pd.testing.assert_series_equal(beside.astype(float), expected.astype(float), check_names=False)
+        whole = table.loc[(target, "all")]
+        assert whole["paper_n"] == totals[target]
+        assert whole["paper_text_percent"] == pytest.approx(100 * whole["paper_text_count"] / totals[target])
+        assert whole["n"] == table.loc[(target, "train"), "n"] + table.loc[(target, "val/test"), "n"]
+        # It does not say how its val/test is divided, nor the mean of all.
+        assert table.loc[[(target, "validation"), (target, "test")]].filter(like="paper_").isna().all(None)
+        assert math.isnan(whole["paper_y_mean"])
 
 
 def test_difference_to_the_paper_only_with_its_data_and_encoder(results):

@@ -27,7 +27,9 @@ def test_crystal_systems_at_every_border():
 
 def test_dataset_statistics_by_hand(results):
     table = dataset_statistics(results, SETTINGS["targets"]).set_index(["target", "split"])
-    assert list(table.loc["total_energy", "n"]) == [63, 9, 18]
+    splits = ["train", "validation", "test", "val/test", "all"]
+    assert list(table.loc["total_energy"].index) == splits
+    assert list(table.loc["total_energy", "n"]) == [63, 9, 18, 27, 90]
     row = table.loc[("total_energy", "train")]
     index = np.array([i for i in range(90) if i % 10 < 7])
     assert row["nodes_mean"] == pytest.approx((1 + index % 4).mean())
@@ -35,6 +37,13 @@ def test_dataset_statistics_by_hand(results):
     lengths = np.where(index == 3, 1, 100 + 8 * index)  # before truncation; 3 has no text
     assert row["tokens_mean"] == pytest.approx(lengths.mean())
     assert row["text_count"] == 62 and row["text_percent"] == pytest.approx(100 * 62 / 63)
+    held_out = table.loc[("total_energy", "val/test")]
+    index = np.array([i for i in range(90) if i % 10 >= 7])
+    energies = read_values(results, "total_energy")[[f"m-{i}" for i in index]]
+    assert held_out["nodes_mean"] == pytest.approx((1 + index % 4).mean())
+    assert held_out["y_mean"] == pytest.approx(energies.mean())
+    assert held_out["y_std"] == pytest.approx(energies.std(ddof=1)) and held_out["unit"] == "eV/atom"
+    assert table.loc[("total_energy", "all"), "text_count"] == 89
 
 
 def test_values_are_in_the_unit_of_the_target(results):
@@ -53,7 +62,7 @@ def test_a_target_with_too_few_crystals_has_no_statistics(tmp_path):
     write_json(results / "splits" / "band_gap.json", empty)
     assert np.isnan(mean_baseline(results, "band_gap"))
     table = dataset_statistics(results, ["band_gap"])
-    assert list(table["n"]) == [0, 0, 0] and table["y_mean"].isna().all()
+    assert list(table["n"]) == [0] * 5 and table["y_mean"].isna().all()
 
 
 def test_paired_difference_covers_a_known_shift():

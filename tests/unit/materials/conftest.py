@@ -120,3 +120,12 @@ def elastic4(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     settings = {"source": "local", "path": str(shared_data / "elastic4.jsonl.zst"), "columns": ELASTIC4}
     collect_materials(settings, folder / "collected.parquet", folder / "manifest.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hull(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the real crystals whose energy above the hull is known, collected."""
+    folder = tmp_path_factory.mktemp("hull")
+    settings = {"source": "local", "path": str(shared_data / "mp20_hull.jsonl.zst"), "columns": {}}
+    collect_materials(settings, folder / "collected.parquet", folder / "manifest.json")
+    return folder

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from castbench.errors import InputError
 from castbench.labels import TARGET_ORDER
@@ -185,6 +186,130 @@ def test_sample_comes_first_and_depends_on_ids_and_seed_alone(run, salt):
     assert (
         len(run(records, OFF, sample=31, seed=0)[0]) == len(run(records, OFF, sample=None, seed=0)[0]) == 30
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [
+        ({"k_reuss": 8.0}, False),
+        ({"g_vrh": 9.0}, False),
+        ({"g_vrh": None}, False),
+        ({"k_reuss": 7.9, "g_voigt": 8.1}, True),
+    ],
+)
+def test_strict_order_wants_each_average_and_each_larger(run, salt, change, stays):
+    ordered = {
+        f"{letter}_{kind}": x for letter in "kg" for kind, x in (("reuss", 7), ("vrh", 8), ("voigt", 9))
+    }
+    rows, funnel = run(variants(salt | ordered, change), OFF | {"ordered_moduli": "strict"})
+    kept = {row["material_id"] for row in rows if "log_bulk_modulus" in row["targets"]}
+    assert kept == ({"salt-1", "m-0"} if stays else {"salt-1"})
+    assert funnel["targets"]["log_bulk_modulus"]["n"] == len(kept)
+
+
+def raw_rows(file):
+    with zstandard.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def six_moduli(row):
+    """Reuss, VRH and Voigt of K, then of G, in GPa."""
+    return [
+        [(row[name] or {}).get(kind) for kind in ("reuss", "vrh", "voigt")]
+        for name in ("bulk_modulus", "shear_modulus")
+    ]
+
+
+def count_by_hand(rows, order):
+    """Removed by each rule, as the paper lists them, for the modulus targets: a loop over the file itself."""
+    removed, left = {}, 0
+    for row in rows:
+        formation, averages = row["formation_energy_per_atom"], six_moduli(row)
+        flat = [value for average in averages for value in average if value is not None]
+        if formation is None:
+            rule = "no formation energy"
+        elif formation > 0.15:
+            rule = "max_formation_energy"
+        elif formation < -10:
+            rule = "min_formation_energy"
+        elif {"He", "Ne", "Ar", "Kr", "Xe", "Rn"} & set(row["species"]):
+            rule = "exclude_noble_gases"
+        elif averages[0][1] is None:
+            rule = "no value"
+        elif min(flat) <= 0:
+            rule = "positive_moduli"
+        elif not all(order(*average) for average in averages):
+            rule = "ordered_moduli"
+        elif max(flat) > 1000:
+            rule = "max_modulus"
+        else:
+            left += 1
+            continue
+        removed[rule] = removed.get(rule, 0) + 1
+    return removed, left
+
+
+def is_ordered(reuss, vrh, voigt):
+    return reuss <= vrh <= voigt
+
+
+def is_strictly_ordered(reuss, vrh, voigt):
+    return reuss < vrh < voigt
+
+
+@pytest.mark.parametrize(("setting", "order"), [(True, is_ordered), ("strict", is_strictly_ordered)])
+def test_real_moduli_as_counted_by_hand(run, elastic4, shared_data, setting, order):
+    raw = raw_rows(shared_data / "elastic4.jsonl.zst")
+    removed, left = count_by_hand(raw, order)
+    broken = [row["material_id"] for row in raw if any(a[0] and a[0] > a[2] for a in six_moduli(row))]
+    assert len(broken) > 10, "there are crystals to break the rule with"
+    filters = PAPER | {"max_energy_above_hull": None, "ordered_moduli": setting}
+    rows, funnel = run(elastic4 / "collected.parquet", filters, targets=MODULUS_TARGETS)
+    for target in MODULUS_TARGETS:
+        counts = funnel["targets"][target]
+        assert {step["filter"]: step["removed"] for step in counts["steps"] if step["removed"]} == removed
+        assert counts["n"] == left == len(rows)
+    assert not {row["material_id"] for row in rows} & set(broken)
+    assert {"positive_moduli", "ordered_moduli", "max_modulus", "max_formation_energy"} <= set(removed)
+
+
+def test_strict_order_drops_the_cubic_crystals(run, elastic4):
+    def cubic(setting):
+        filters = PAPER | {"max_energy_above_hull": None, "ordered_moduli": setting}
+        rows, _ = run(elastic4 / "collected.parquet", filters, targets=MODULUS_TARGETS)
+        return [row for row in rows if row["spacegroup"] >= 195]
+
+    kept, strictly = cubic(True), cubic("strict")
+    one_number = sum(row["k_reuss"] == row["k_vrh"] == row["k_voigt"] for row in kept)
+    assert one_number > 600
+    # The few that stay have a bulk modulus that is not one number, as symmetry wants it: noise of the tensor.
+    assert all(row["k_reuss"] < row["k_vrh"] < row["k_voigt"] for row in strictly)
+    assert len(strictly) < 0.03 * len(kept)
+
+
+def test_the_letter_of_the_second_bound_on_formation_energy_leaves_nothing(run, elastic4, shared_data):
+    energies = [row["formation_energy_per_atom"] for row in raw_rows(shared_data / "elastic4.jsonl.zst")]
+    assert min(energies) > -10
+    letter = PAPER | {
+        "max_energy_above_hull": None,
+        "max_formation_energy": -10.0,
+        "min_formation_energy": None,
+    }
+    with pytest.raises(InputError, match="no material is left; 2880 of 2880 fell to 'max_formation_energy'"):
+        run(elastic4 / "collected.parquet", letter)
+
+
+@pytest.mark.parametrize("limit", [0.15, 0.05, 0.0])
+def test_real_energies_above_hull_as_counted_by_hand(run, hull, shared_data, limit):
+    raw = raw_rows(shared_data / "mp20_hull.jsonl.zst")
+    wanted = [row for row in raw if row["formation_energy_per_atom"] <= 0.15]
+    expected = {row["material_id"] for row in wanted if row["e_above_hull"] <= limit}
+    filters = PAPER | {"max_energy_above_hull": limit, "exclude_noble_gases": False}
+    rows, funnel = run(hull / "collected.parquet", filters, targets=["formation_energy"])
+    assert {row["material_id"] for row in rows} == expected
+    steps = {step["filter"]: step["removed"] for step in funnel["steps"]}
+    assert steps["max_energy_above_hull"] == len(wanted) - len(expected)
+    assert steps["max_formation_energy"] == len(raw) - len(wanted)
 
 
 def test_real_elastic_crystals(run, elastic4):

@@ -48,7 +48,7 @@ def encoder(tmp_path_factory):
             nn.init.normal_(module.weight, std=0.3)
     model.save_pretrained(folder)
     files = {name: sha256_file(folder / name) for name in ("config.json", "model.safetensors")}
-    write_json(folder / "manifest.json", {"files": files})
+    write_json(folder / "manifest.json", {"files": files, "hidden_size": WIDTH, "layers": LAYERS})
     return folder
 
 

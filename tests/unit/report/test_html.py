@@ -99,6 +99,18 @@ def test_it_says_what_ran_where(page):
         assert text in page, text
 
 
+def test_table2_shows_the_papers_values_below_ours(page):
+    table = re.search(r"<h3>Table 2.*?</table>", page, flags=re.DOTALL)[0]
+    rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in table.split("<tr")[2:]]
+    assert rows[0].endswith("Total energy (eV/atom)")
+    assert "train the paper 63 91,520 2.41 (1.12) 17.28 (28.59) 442.0 (212.4) 1,796.7 (3,574.8)" in rows[1]
+    assert "98.4 % (62) 99.9 % (91,437)" in rows[1] and rows[1].endswith("-9.14 (7.22)")
+    assert "the paper" not in rows[2] + rows[3]
+    assert "validation + test the paper 27 22,878" in rows[4]
+    assert "all the paper 90 114,398" in rows[5] and "98.9 % (89) 99.9 % (114,292)" in rows[5]
+    assert len(rows) == 12
+
+
 def test_every_item_says_how_to_rebuild_it(page):
     for item in (
         "tables/table1.csv",

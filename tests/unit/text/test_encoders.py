@@ -9,14 +9,14 @@ from transformers import AutoModel
 
 from castbench.errors import InputError
 from castbench.provenance import sha256_file
-from castbench.text import ENCODERS, encoders, parse_encoder, slug
+from castbench.text import ENCODERS, encoders, parse_encoder, read_encoder, slug
 from castbench.text.encoders import (
     LayeredEncoder,
     load_encoder,
     load_tokenizer,
     prefetch_encoder,
-    read_manifest,
 )
+from make_random_bert import SPECIAL, invented_vocabulary
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_gradients_reach_the_layers_that_run(encoder_folder: Path) -> None:
 
 
 def test_prefetch_records_what_it_copied(encoder_folder: Path, bert_folder: Path) -> None:
-    manifest = read_manifest(encoder_folder)
+    manifest = read_encoder(encoder_folder)
     assert manifest["files"]["model.safetensors"] == sha256_file(bert_folder / "model.safetensors")
     assert (manifest["hidden_size"], manifest["layers"], manifest["heads"]) == (32, 3, 4)
     assert (manifest["id"], manifest["revision"]) == ("bert", "r1")
@@ -76,9 +76,10 @@ def test_damaged_weights_are_refused(encoder_folder: Path, tmp_path: Path) -> No
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged; run prefetch_encoder"):
+    with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged; remove the folder, run"):
         load_encoder(damaged)
-    with pytest.raises(InputError, match="no text encoder is here"):
+    assert read_encoder(damaged, names=["config.json"])["layers"] == 3, "what is not read need not be whole"
+    with pytest.raises(InputError, match="no text encoder is here; run the rule prefetch_encoder"):
         load_encoder(tmp_path)
 
 
@@ -152,11 +153,19 @@ def test_a_carrier_with_other_weights_is_refused(
     assert not (tmp_path / "minilm").exists()
 
 
+def test_the_stand_in_for_matscibert_has_its_vocabulary(shared_data: Path) -> None:
+    published = (shared_data / "scivocab_uncased.txt").read_text().splitlines()
+    invented = invented_vocabulary()
+    assert len(invented) == len(set(invented)) == len(published) == 31_090
+    for token, place in SPECIAL.items():
+        assert invented[place] == published[place] == token
+
+
 def test_minilm_itself(root: Path) -> None:
     folder = root / "results" / "encoders" / "minilm"
     if not (folder / "manifest.json").exists():
         pytest.skip("minilm has not been fetched; run the rule prefetch_encoder")
-    manifest = read_manifest(folder)
+    manifest = read_encoder(folder)
     assert manifest["files"]["model.safetensors"] == ENCODERS["minilm"].sha256
     tokens = load_tokenizer(folder)(["NaCl is Halite structured.", "Na"], padding=True, return_tensors="pt")
     model = LayeredEncoder.from_folder(folder)
