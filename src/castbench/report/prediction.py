@@ -275,8 +275,9 @@ def planned_jobs(config: dict[str, Any], rates: Rates, sizes: Sizes, speedup: fl
     ]
     jobs.append(Job("build_graphs", "graphs", rates.start_describe + rates.graphs * n / 8, cores=8))
     jobs.append(Job("tokenize_text", "tokens", rates.start + rates.tokenize * n, ("texts",)))
-    remaining = {meaning.remaining_layers(name, config) for name in (*config["models"], *objectives(config))}
-    for layers in sorted(remaining - {None}, key=str):
+    names = (*config["models"], *objectives(config))
+    readers = [name for name in names if meaning.text_mode(name, config) != "none"]
+    for layers in sorted({meaning.remaining_layers(name, config) for name in readers} - {None}, key=str):
         jobs.append(
             Job(
                 "embed_text",
@@ -288,13 +289,10 @@ def planned_jobs(config: dict[str, Any], rates: Rates, sizes: Sizes, speedup: fl
         )
 
     def reads(name: str) -> tuple[str, ...]:
+        if name not in readers:
+            return ("graphs",)
         layers = meaning.remaining_layers(name, config)
-        text = meaning.text_mode(name, config) != "none"
-        return (
-            "graphs",
-            *(["tokens"] if text else []),
-            *([f"states {layers}"] if layers is not None else []),
-        )
+        return ("graphs", "tokens", *([f"states {layers}"] if layers is not None else []))
 
     for name in objectives(config):
         work = rates.pretrain[name] * rates.share * n * config["pretraining"][name]["epochs"] / speedup
