@@ -12,7 +12,7 @@ test: venv
 	pytest tests/unit tests/workflow
 
 cluster-test: venv
-	pytest tests/cluster -rs
+	pytest tests/cluster -rs $(if $(ONLY),-k $(ONLY))
 
 check: venv
 	ruff check .
