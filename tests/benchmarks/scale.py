@@ -144,6 +144,7 @@ def predict(arguments: argparse.Namespace) -> None:
         for name, factor in (("pilot", 1), ("planned", 3)):
             overlay = {"dataset": name, "training": {"epochs": factor * arguments.epochs}}
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
+        for name in ("pilot", "planned"):
             start = time.perf_counter()
             snakemake(folder, "--cores", "2", "--configfile", *presets[1:], f"{name}.yaml")
             wall = time.perf_counter() - start

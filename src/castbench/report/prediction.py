@@ -54,6 +54,8 @@ def predict_cost(
     """
     config: dict[str, Any] = {}
     for file in plan:
+        if not file.is_file():
+            raise InputError(f"{file}: no such configuration file")
         config = merged(config, yaml.safe_load(file.read_text(encoding="utf-8")))
     rates = measure(results)
     sizes = planned_sizes(config, rates, results, crystals)
