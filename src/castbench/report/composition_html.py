@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,21 +15,16 @@ import yaml
 from castbench.config import composition_summary
 from castbench.evaluation.aggregate import read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
-from castbench.provenance import atomic_path
 from castbench.report import tables
 from castbench.report.composition_figures import POOLS, label, stability_rule, trained
 from castbench.report.html import (
     DOWNLOADS,
-    caption,
-    code,
     data_uri,
     deviations,
     distinct,
     embed,
-    fixed,
     kind_of_run,
-    number,
-    significant,
+    write_page,
 )
 
 log = logging.getLogger(__name__)
@@ -43,23 +37,12 @@ POINTS = {
 
 def render_composition_report(settings: dict[str, Any], results: Path, output: Path) -> None:
     """Write the report of `results` to `output`; `settings` is the whole configuration, which it shows."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("castbench.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"number": number, "significant": significant, "fixed": fixed, "code": code}
-    environment.filters |= {"mean_std": mean_std}
-    environment.globals |= {
+    functions = {
         "figure": lambda name: embed(results / "figures" / name),
-        "caption": caption,
         "label": label,
+        "mean_std": mean_std,
     }
-    page = environment.get_template("compositions.html").render(context(settings, results))
-    with atomic_path(output) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_page("compositions.html", functions | context(settings, results), output)
     log.info("report of %.1f MB in %s", output.stat().st_size / 1e6, output)
 
 

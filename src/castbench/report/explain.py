@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -20,9 +19,8 @@ from castbench.graphs.build import build_graphs
 from castbench.labels import MODELS, TARGETS
 from castbench.materials.records import Material, read_material, to_table
 from castbench.models.cross_attention import Cast
-from castbench.provenance import atomic_path
 from castbench.report.attention import ORDER_NAMES, PART_COLOURS, browser_maps, quantised
-from castbench.report.html import json_element
+from castbench.report.html import write_page
 from castbench.text.descriptions import describe_crystal
 from castbench.text.packed import read_manifest
 from castbench.text.reading import LABELS, Reader, Reading
@@ -64,13 +62,7 @@ def explain(run: Path, crystal: Path, /, output: Path | None = None) -> None:
         reading = Reader.of(folder / "tokens", encoder).read(text)
         content = page_content(subject, record, material, reading)
     output = output or Path(f"{crystal.stem}.html")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("castbench.report"),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["json"] = json_element
-    with atomic_path(output) as partial:
-        partial.write_text(environment.get_template("explain.html").render(content), encoding="utf-8")
+    write_page("explain.html", content, output)
     log.info("%s: %.3f %s; the page is %s", material.crystal.formula, content["prediction"], content["unit"],
              output)  # fmt: skip
 

@@ -63,6 +63,13 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
 
     `settings` is the whole configuration, which the report shows.
     """
+    functions = {"figure": lambda name: embed(results / "figures" / name), "model_label": tables.model_label}
+    write_page("report.html", functions | context(settings, results), output)
+    log.info("report of %.1f MB in %s", output.stat().st_size / 1e6, output)
+
+
+def write_page(template: str, content: dict[str, Any], output: Path) -> None:
+    """Render a template of this package with `content`, values and functions, and write the page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("castbench.report"),
         autoescape=True,
@@ -71,19 +78,11 @@ def render_report(settings: dict[str, Any], results: Path, output: Path) -> None
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "significant": significant, "fixed": fixed, "code": code}
-    environment.filters |= {
-        "json": lambda content: markupsafe.Markup(embed_json(content)),
-        "interval": interval,
-    }
-    environment.globals |= {
-        "figure": lambda name: embed(results / "figures" / name),
-        "caption": caption,
-        "model_label": tables.model_label,
-    }
-    page = environment.get_template("report.html").render(context(settings, results))
+    environment.filters |= {"json": json_element, "interval": interval}
+    environment.globals["caption"] = caption
+    page = environment.get_template(template).render(content)
     with atomic_path(output) as partial:
         partial.write_text(page, encoding="utf-8")
-    log.info("report of %.1f MB in %s", output.stat().st_size / 1e6, output)
 
 
 def number(value: Any) -> str:
