@@ -22,7 +22,7 @@ from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
 from castbench.models.cogn import CoGN
 from castbench.models.elements import N_ELEMENTS
-from castbench.models.heads import Regression, dense
+from castbench.models.heads import Regression, attend, dense
 from castbench.models.text import TextEncoder
 
 
@@ -47,13 +47,8 @@ class CrossAttentionLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Node states after the layer; on demand also the weights (B, H, N, T), 0 at padded tokens."""
         q_BHNd, k_BHTd, v_BHTd = map(self._split, (self.query(self.norm(h_BND)), k_BTD, v_BTD))
-        mask_B11T, weights_BHNT = mask_BT[:, None, None, :], None
-        if weights:
-            scores_BHNT = q_BHNd @ k_BHTd.mT / q_BHNd.shape[-1] ** 0.5
-            weights_BHNT = scores_BHNT.masked_fill(~mask_B11T, -torch.inf).softmax(dim=-1)
-            attended_BHNd = weights_BHNT @ v_BHTd
-        else:
-            attended_BHNd = functional.scaled_dot_product_attention(q_BHNd, k_BHTd, v_BHTd, mask_B11T)
+        mask_B11T = mask_BT[:, None, None, :]
+        attended_BHNd, weights_BHNT = attend(q_BHNd, k_BHTd, v_BHTd, mask_B11T, weights)
         h_BND = h_BND + self.dropout(self.output(attended_BHNd.transpose(1, 2).flatten(2)))
         return h_BND + self.dropout(self.feedforward(h_BND)), weights_BHNT
 

@@ -24,7 +24,7 @@ from castbench.compositions.descriptors import (
 )
 from castbench.errors import InputError
 from castbench.models.composition import CompositionBatch, CompositionNetwork, TargetHeads
-from castbench.models.heads import dense
+from castbench.models.heads import attend, dense
 
 
 class Descriptor(nn.Module):
@@ -66,13 +66,7 @@ class SelfAttention(nn.Module):
             part(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part, states in zip(self.projections, (query_BTD, tokens_BTD, tokens_BTD), strict=True)
         )
-        mask_B11T, weights_BHTT = mask_BT[:, None, None, :], None
-        if weights:
-            scores = q @ k.mT / q.shape[-1] ** 0.5
-            weights_BHTT = scores.masked_fill(~mask_B11T, -torch.inf).softmax(dim=-1)
-            attended = weights_BHTT @ v
-        else:
-            attended = functional.scaled_dot_product_attention(q, k, v, mask_B11T)
+        attended, weights_BHTT = attend(q, k, v, mask_BT[:, None, None, :], weights)
         return self.output(attended.transpose(1, 2).flatten(2)), weights_BHTT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,6 +13,23 @@ def dense(n_in: int, n_out: int) -> nn.Linear:
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention of queries (B, H, Q, d) to keys and values (B, H, T, d).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: (B, 1, 1, T), true at real keys.
+        weights: also return them (B, H, Q, T), exactly 0 at padding; by an explicit softmax.
+    """
+    if not weights:
+        return functional.scaled_dot_product_attention(q, k, v, mask), None
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return shares @ v, shares
 
 
 class Regression(nn.Sequential):
