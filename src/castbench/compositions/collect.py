@@ -17,7 +17,7 @@ from castbench.compositions.formulas import check_slots, is_abx3, parse_formula
 from castbench.errors import InputError
 from castbench.materials.readers import BATCH, Source
 from castbench.materials.records import LABELS, STRUCTURE, Columns, is_missing, read_label
-from castbench.materials.sources import SOURCES, Tally
+from castbench.materials.sources import SOURCES, Seen, Tally
 from castbench.materials.structures import RecordError, read_crystal
 from castbench.provenance import atomic_path, write_json
 
@@ -50,25 +50,16 @@ def collect_compositions(settings: dict[str, Any], output: Path, manifest: Path)
             while batch := list(islice(rows, BATCH)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=POLYMORPHS))
         if not tally.kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in tally.by_reason.most_common())
             raise InputError(
-                f"{source.origin}: no ABX3 compound with an energy above hull ({reasons or 'no records'}); "
-                "check materials.path and materials.columns"
+                f"{source.origin}: no ABX3 compound with an energy above hull "
+                f"({tally.reasons() or 'no records'}); check materials.path and materials.columns"
             )
         columns.check_found(unread=STRUCTURE | OTHER_LABELS | {"text": (), "origin": ()})
     write_json(
         manifest,
         {
-            "source": settings["source"],
-            "files": source.files,
-            "columns": dict(source.columns),
-            "n_read": tally.read,
-            "n_kept": tally.kept,
-            "rejected": tally.rejected,
-            "by_reason": dict(tally.by_reason),
+            **tally.account(settings, source),
             "missing": {label: tally.missing[label] for label in READ},
-            "licence": source.licence,
-            "citation": source.citation,
         },
     )
     log.info("%s: %d ABX3 compounds of %d records", source.origin, tally.kept, tally.read)
@@ -76,7 +67,7 @@ def collect_compositions(settings: dict[str, Any], output: Path, manifest: Path)
 
 def read_rows(source: Source, columns: Columns, tally: Tally, max_elements: int) -> Iterator[dict[str, Any]]:
     """Iterate over the usable rows of a source; what is left out is counted, what is wrong also logged."""
-    seen: set[str] = set()
+    seen = Seen()
     for name, record in source.records:
         tally.read += 1
         identifier = None
@@ -96,12 +87,11 @@ def read_rows(source: Source, columns: Columns, tally: Tally, max_elements: int)
                     "no energy above hull", f"{composition.reduced_formula}: neither stable nor not"
                 )
             identifier = identifier or name.replace(":", "-")
-            if identifier in seen:
+            if seen.add(identifier, b"") is not None:
                 raise RecordError("duplicate id", f"another record is called {identifier}")
         except RecordError as error:
             tally.reject(f"{identifier} ({name})" if identifier else name, error)
             continue
-        seen.add(identifier)
         tally.kept += 1
         tally.missing.update(label for label, value in labels.items() if value is None)
         yield {"formula": composition.reduced_formula, "material_id": identifier, **labels}

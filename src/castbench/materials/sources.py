@@ -94,6 +94,24 @@ class Tally:
         if len(self.rejected) < LISTED:
             self.rejected.append({"record": name, "reason": error.reason, "detail": error.detail})
 
+    def reasons(self) -> str:
+        """What records were left out for, the most frequent first."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
+
+    def account(self, settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+        """What a manifest says of a source and its records."""
+        return {
+            "source": settings["source"],
+            "files": source.files,
+            "columns": dict(source.columns),
+            "n_read": self.read,
+            "n_kept": self.kept,
+            "rejected": self.rejected,
+            "by_reason": dict(self.by_reason),
+            "licence": source.licence,
+            "citation": source.citation,
+        }
+
 
 def collect_materials(
     settings: dict[str, Any], output: Path, manifest: Path, snapshot: Path | None = None
@@ -129,19 +147,14 @@ def collect_materials(
         if not tally.read:
             raise InputError(f"{source.origin}: has no records; check materials.path")
         if not tally.kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in tally.by_reason.most_common())
-            raise InputError(f"{source.origin}: no record is usable ({reasons}); see the warnings above")
+            raise InputError(
+                f"{source.origin}: no record is usable ({tally.reasons()}); see the warnings above"
+            )
         columns.check_found()
     write_json(
         manifest,
         {
-            "source": settings["source"],
-            "files": source.files,
-            "columns": dict(source.columns),
-            "n_read": tally.read,
-            "n_kept": tally.kept,
-            "rejected": tally.rejected,
-            "by_reason": dict(tally.by_reason),
+            **tally.account(settings, source),
             "labels": {
                 label: {
                     "present": tally.kept - tally.missing[label],
@@ -150,8 +163,6 @@ def collect_materials(
                 }
                 for label in LABELS
             },
-            "licence": source.licence,
-            "citation": source.citation,
             **({"download": source.download} if source.download else {}),
         },
     )
