@@ -34,7 +34,12 @@ SHARD_SCHEMA = pa.schema(
 )
 SCHEMA = SHARD_SCHEMA.remove(0)
 ROW_GROUP = 1000
-SOURCES = ("generate", "provided", "provided_or_generated")
+# source: the columns of materials.parquet that it reads
+SOURCES = {
+    "generate": ["structure"],
+    "provided": ["text"],
+    "provided_or_generated": ["structure", "text"],
+}
 STARTUP_LIMIT = 600  # seconds; imports from a cold network disk take minutes
 
 
@@ -177,7 +182,7 @@ def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output
         pq.ParquetWriter(partial, SHARD_SCHEMA) as writer,
         Worker(robocrystallographer.describe, robocrystallographer.prepare, settings["time_limit"]) as worker,
     ):
-        for number, row in _rows(materials, shard, shards):
+        for number, row in _rows(materials, SOURCES[source], shard, shards):
             seconds, provided = 0.0, row["text"] if source != "generate" else None
             if provided:
                 text, status = plain(provided), "provided"
@@ -209,11 +214,12 @@ def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output
     log.info("shard %d: done, %d crystals %s", shard, done.total(), dict(done))
 
 
-def _rows(materials: Path, shard: int, shards: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number, material_id, structure and text of every `shards`-th row, streamed."""
+def _rows(
+    materials: Path, columns: list[str], shard: int, shards: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, material_id and `columns` of every `shards`-th row, streamed."""
     first = 0
-    columns = ["material_id", "structure", "text"]
-    for batch in pq.ParquetFile(materials).iter_batches(ROW_GROUP, columns=columns):
+    for batch in pq.ParquetFile(materials).iter_batches(ROW_GROUP, columns=["material_id", *columns]):
         chosen = range((shard - first) % shards, len(batch), shards)
         for i, row in zip(chosen, batch.take(pa.array(chosen, pa.int64())).to_pylist(), strict=True):
             yield first + i, row
