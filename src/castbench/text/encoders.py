@@ -18,6 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from castbench.errors import InputError
+from castbench.models.heads import attend
 from castbench.provenance import sha256_file, sha256_json, write_json
 from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
 
@@ -84,7 +85,7 @@ class LayeredEncoder(nn.Module):
         self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As `run`, with each layer's attention (B, H, T, T) by an explicit softmax; exactly 0 at padding."""
-        maps = []
+        maps: list[Any] = []
         layers: list[Any] = list(self.layers[start:stop])
         for layer in layers:
             attention = layer.attention.self
@@ -95,9 +96,10 @@ class LayeredEncoder(nn.Module):
             q_BHTd, k_BHTd, v_BHTd = (
                 heads(part(hidden_BTd)) for part in (attention.query, attention.key, attention.value)
             )
-            scores_BHTT = q_BHTd @ k_BHTd.mT / q_BHTd.shape[-1] ** 0.5
-            weights_BHTT = scores_BHTT.masked_fill(~mask_BT[:, None, None, :], -torch.inf).softmax(dim=-1)
-            context_BTd = (weights_BHTT @ v_BHTd).transpose(1, 2).flatten(2)
+            context_BHTd, weights_BHTT = attend(
+                q_BHTd, k_BHTd, v_BHTd, mask_BT[:, None, None, :], weights=True
+            )
+            context_BTd = context_BHTd.transpose(1, 2).flatten(2)
             hidden_BTd = layer.feed_forward_chunk(layer.attention.output(context_BTd, hidden_BTd))
             maps.append(weights_BHTT)
         return hidden_BTd, maps

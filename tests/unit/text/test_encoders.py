@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from castbench.errors import InputError
 from castbench.provenance import sha256_file
 from castbench.text import ENCODERS, encoders, parse_encoder, read_encoder, slug
 from castbench.text.encoders import (
+    FAMILY,
     LayeredEncoder,
     load_encoder,
     load_tokenizer,
@@ -43,6 +44,32 @@ def test_layers_in_parts_equal_the_whole_model(encoder_folder: Path, cut: int) -
         hidden_BTd = model.run(hidden_BTd, mask_BT, cut, model.n_layers)
     assert (model.n_layers, model.hidden_size, len(model.layers)) == (3, 32, 3)
     torch.testing.assert_close(hidden_BTd[mask_BT], expected_BTd[mask_BT], rtol=0, atol=1e-5)
+
+
+def explicit_is_fast(model: LayeredEncoder, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
+    """Explicit attention: the same states, rows that sum to 1 over real tokens, exactly 0 at padding."""
+    with torch.no_grad():
+        fast = model.run(model.embed(ids_BT), mask_BT, 0, model.n_layers)
+        explicit, maps = model.attend(model.embed(ids_BT), mask_BT, 0, model.n_layers)
+    torch.testing.assert_close(explicit[mask_BT], fast[mask_BT], rtol=0, atol=1e-5)
+    assert len(maps) == model.n_layers
+    for weights_BHTT in maps:
+        rows = weights_BHTT.transpose(1, 2)[mask_BT]  # of real tokens (tokens, H, T)
+        torch.testing.assert_close(rows.sum(dim=-1), torch.ones(rows.shape[:-1]))
+        padding = ~mask_BT[:, None, None, :].expand_as(weights_BHTT)
+        assert not weights_BHTT[padding].any()
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_explicit_attention_gives_the_same_states(kind: str) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, intermediate_size=64, max_position_embeddings=64, **sizes)
+    model = LayeredEncoder(AutoModel.from_config(config)).eval()
+    for module in model.modules():  # their own start is so small that attention is almost uniform
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.3)
+    explicit_is_fast(model, *batch())
 
 
 def test_padding_changes_nothing(encoder_folder: Path) -> None:
@@ -174,3 +201,4 @@ def test_minilm_itself(root: Path) -> None:
         expected = AutoModel.from_pretrained(folder, local_files_only=True)(**tokens).last_hidden_state
         hidden = model.run(model.run(model.embed(tokens["input_ids"]), mask_BT, 0, 4), mask_BT, 4, 6)
     torch.testing.assert_close(hidden[mask_BT], expected[mask_BT], rtol=0, atol=1e-5)
+    explicit_is_fast(model, tokens["input_ids"], mask_BT)
