@@ -56,7 +56,6 @@ def test_the_dry_run_plans_the_paper(bare: Path, snakemake):
         "pretrain_model": 6,
         "train_model": 28,
         "extract_attention": 1,
-        "describe_crystal": 1,
         "extract_text_attention": 1,
         "probe_text": 6,
         "tabulate_evidence": 1,
@@ -67,7 +66,7 @@ def test_the_dry_run_plans_the_paper(bare: Path, snakemake):
         "plot_evidence": 1,
         "render_report": 1,
         "all": 1,
-        "total": 123,
+        "total": 122,
     }
     train = outputs(ended.stdout, "train_model")
     records = [Path(file) for files in train for file in files if file.endswith("/metrics.json")]

@@ -101,6 +101,8 @@ def test_the_report_says_what_it_is(finished: Path):
     page = (finished / "report.html").read_text()
     assert "materials_project" in page and "2025.09.25" in page
     assert "Data or encoders are not the paper" in page
+    for note in ("attention.material: mp-9254 is not in", "attention.text: mp-744948 has no description in"):
+        assert note in page  # the paper's examples are not among the bundled crystals
     assert len(page) < 10_000_000
 
 

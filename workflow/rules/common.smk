@@ -234,12 +234,12 @@ def figures(wildcards):
     )
 
 
-def probed_run(wildcards):
-    """Folder of the run or pretraining that is probed."""
-    seed, attention = config["training"]["seeds"][0], config["attention"]
+def probed_runs(wildcards):
+    """Folder of the runs or pretrainings that are probed, with a folder a seed."""
     if wildcards.probed == "masked_node":
-        return f"results/{wildcards.dataset}/pretrain/masked_node/{seed}"
-    return f"results/{wildcards.dataset}/runs/{attention['target']}/{wildcards.probed}/{seed}"
+        return f"results/{wildcards.dataset}/pretrain/masked_node"
+    target = config["attention"]["target"]
+    return f"results/{wildcards.dataset}/runs/{target}/{wildcards.probed}"
 
 
 def evidence_inputs(wildcards):
@@ -269,7 +269,7 @@ def attention_inputs(wildcards):
         dataset=wildcards.dataset,
         target=config["attention"]["target"],
         model=["cast_scratch", "cast"],
-        seed=config["training"]["seeds"][0],
+        seed=config["training"]["seeds"],
     )
     return inputs
 

@@ -32,11 +32,11 @@ rule extract_attention:
     params:
         settings=settings("attention.target", "attention.material"),
         states=lambda wildcards: states_option("cast", wildcards),
-        seed=config["training"]["seeds"][0],
+        seeds=config["training"]["seeds"],
         encoder=ENCODER,
     shell:
         "python -m castbench extract_attention --settings {params.settings:q} --runs results/{wildcards.dataset}/runs"
-        " --seed {params.seed} --materials {input.materials} --split {input.split}"
+        " --seeds {params.seeds} --materials {input.materials} --split {input.split}"
         " --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
         " --tokens results/{wildcards.dataset}/tokens {params.states}"
         " --encoder {params.encoder:q} --output results/{wildcards.dataset}/attention --log {log}"
@@ -81,9 +81,12 @@ rule extract_text_attention:
 
 
 rule probe_text:
-    """What a trained model makes of test crystals when their texts change."""
+    """What a model, trained with each seed, makes of test crystals when their texts change."""
     input:
-        run=lambda wildcards: f"{probed_run(wildcards)}/model.safetensors",
+        lambda wildcards: expand(
+            f"{probed_runs(wildcards)}/{{seed}}/model.safetensors",
+            seed=config["training"]["seeds"],
+        ),
         materials=ancient("results/{dataset}/materials.parquet"),
         descriptions=ancient("results/{dataset}/descriptions.parquet"),
         split=f"results/{{dataset}}/splits/{config['attention']['target']}.json",
@@ -100,12 +103,13 @@ rule probe_text:
         gpu=GPUS,
     params:
         settings=settings("attention.probes"),
-        run=probed_run,
+        runs=probed_runs,
+        seeds=config["training"]["seeds"],
         encoder=lambda wildcards, input: str(Path(input.encoder).parent),
         device=config["training"]["device"],
     shell:
-        "python -m castbench probe_text --settings {params.settings:q} --run {params.run} --materials {input.materials}"
-        " --split {input.split} --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
+        "python -m castbench probe_text --settings {params.settings:q} --runs {params.runs} --seeds {params.seeds}"
+        " --materials {input.materials} --split {input.split} --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
         " --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q} --device {params.device}"
         " --output {output} --log {log}"
 

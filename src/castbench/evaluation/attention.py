@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from castbench.errors import InputError
+from castbench.evaluation.aggregate import read_errors
 from castbench.evaluation.trained import load_run, read_run
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
@@ -32,10 +33,11 @@ BINS = 200  # of cosine similarity on [0, 1]
 BATCH = 32
 MEAN = -1  # in place of the number of a head: the mean over heads
 SHOWN = 12  # crystals whose maps are kept
-SIMILARITY = ("model", "layer", "head", "low", "count")
+SIMILARITY = ("model", "seed", "layer", "head", "low", "count")
 BY_MATERIAL = pa.schema(
     [
         ("model", pa.string()),
+        ("seed", pa.int32()),
         ("material_id", pa.string()),
         ("layer", pa.int16()),  # from 1
         ("n_nodes", pa.int32()),
@@ -53,7 +55,7 @@ BY_MATERIAL = pa.schema(
 def extract_attention(
     settings: dict[str, Any],
     runs: Path,
-    seed: int,
+    seeds: list[int],
     materials: Path,
     split: Path,
     descriptions: Path,
@@ -65,17 +67,18 @@ def extract_attention(
 ) -> None:
     """Write maps of a dozen test crystals, and statistics of all of them, into `output`.
 
-    A model whose run did not finish is left out. Files:
-        maps.json, maps.safetensors: the crystals of `pick`; of each and each model, attention
-            (layers, heads, nodes, words), that of a word being the sum over its tokens.
-        similarity.parquet: number of node pairs by model, layer (from 1), head (from 1; -1 is the mean over
-            heads) and bin [low, low + 1/200) of the cosine similarity of their attention rows.
-        by_material.parquet: one row a model, crystal and layer; see `BY_MATERIAL`.
+    A run that did not finish is left out. Files:
+        maps.json, maps.safetensors: the crystals of `pick`; of each and each model, in the first of its seeds
+            that finished, attention (layers, heads, nodes, words), that of a word being the sum over its
+            tokens. `note` says why the configured crystal is not among them.
+        similarity.parquet: number of node pairs by model, seed, layer (from 1), head (from 1; -1 is the mean
+            over heads) and bin [low, low + 1/200) of the cosine similarity of their attention rows.
+        by_material.parquet: one row a model, seed, crystal and layer; see `BY_MATERIAL`.
 
     Args:
         settings: {target, material}; material is an id, or None for the test crystal with the most nodes.
         runs: results/{dataset}/runs.
-        seed: of the runs that are looked at.
+        seeds: of the runs that are looked at.
         materials: materials.parquet.
         split: id lists of the target.
         descriptions: descriptions.parquet.
@@ -84,16 +87,16 @@ def extract_attention(
         encoder: folder of the text encoder.
         output: folder.
         states: cache of token states, for models that read them.
-
-    Raises:
-        InputError: the material is unknown or has no graph.
     """
     target, record = settings["target"], json.loads(split.read_text())
-    folders = {name: runs / target / name / str(seed) for name in MODELS}
-    finished = {name: folder for name, folder in folders.items() if read_run(folder)["status"] == "finished"}
-    for name in folders.keys() - finished.keys():
-        log.warning("%s/%s/%s: no finished run; its attention is left out", target, name, seed)
-    maps: dict[str, Any] = {"target": target, "seed": seed, "labels": LABELS, "models": list(finished)}
+    finished: dict[str, list[int]] = {}
+    for name, seed in ((name, seed) for name in MODELS for seed in seeds):
+        if read_run(runs / target / name / str(seed))["status"] == "finished":
+            finished.setdefault(name, []).append(seed)
+        else:
+            log.warning("%s/%s/%s: no finished run; its attention is left out", target, name, seed)
+    maps: dict[str, Any] = {"target": target, "labels": LABELS, "models": list(finished), "note": None}
+    maps |= {"seeds": {name: found[0] for name, found in finished.items()}}
     shown: list[dict[str, Any]] = []
     arrays, counts = {}, []
     output.mkdir(parents=True, exist_ok=True)
@@ -101,20 +104,23 @@ def extract_attention(
         atomic_path(output / "by_material.parquet") as partial,
         pq.ParquetWriter(partial, BY_MATERIAL) as by_material,
     ):
-        for name, folder in finished.items():
-            model = load_run(folder, encoder)
+        for name, seed in ((name, seed) for name, found in finished.items() for seed in found):
+            model = load_run(runs / target / name / str(seed), encoder)
             assert isinstance(model, Cast)
             crystals = Crystals(model, graphs, tokens, states, torch.device("cpu"))
             test, _ = crystals.rows(record["test"])
             if not shown:
-                facts = crystal_facts(crystals, test, materials, tokens, runs / target, seed)
-                shown = pick(facts, check_material(settings["material"], crystals))
+                facts = crystal_facts(crystals, test, materials, tokens, runs.parent, target, seeds)
+                maps["note"] = cannot_show(settings["material"], crystals)
+                shown = pick(facts, None if maps["note"] else settings["material"])
                 describe_crystals(shown, crystals, record, materials, descriptions, tokens, encoder)
-            for entry in shown:
+            for entry in shown if seed == maps["seeds"][name] else ():
                 row, _ = crystals.rows([entry["material_id"]])
                 weights = entry["reading"].by_word(attention(model, crystals.batch(row))[0])
                 arrays[f"{name}/{entry['material_id']}"] = np.ascontiguousarray(weights, np.float32)
-            counts.append(_frame(name, stream_statistics(name, model, crystals, test, by_material)))
+            counts.append(
+                _frame(name, seed, stream_statistics(name, seed, model, crystals, test, by_material))
+            )
     for entry in shown:
         entry.pop("reading")
     with atomic_path(output / "maps.safetensors") as partial:
@@ -151,7 +157,7 @@ def effective_tokens(weights: np.ndarray) -> np.ndarray:
 
 
 def stream_statistics(
-    name: str, model: Cast, crystals: Crystals, test: Tensor, by_material: pq.ParquetWriter
+    name: str, seed: int, model: Cast, crystals: Crystals, test: Tensor, by_material: pq.ParquetWriter
 ) -> np.ndarray:
     """Counts (layers, 1 + heads, BINS) of node pairs, the mean over heads first; rows for `by_material`.
 
@@ -181,19 +187,20 @@ def stream_statistics(
                     for found in (similar[layer], effective[layer])
                     for value in (found[0], found[1:].mean())
                 )
-                rows.append((name, material_id, layer + 1, nodes, tokens, *measures))
+                rows.append((name, seed, material_id, layer + 1, nodes, tokens, *measures))
         columns = [pa.array(column, field.type, from_pandas=True) for column, field in
                    zip(zip(*rows, strict=True), BY_MATERIAL, strict=True)]  # fmt: skip
         by_material.write_table(pa.table(columns, schema=BY_MATERIAL))
     return histogram
 
 
-def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
-    """The counts of a model, one row a layer, head and bin that is not empty."""
+def _frame(name: str, seed: int, histogram: np.ndarray) -> pd.DataFrame:
+    """The counts of a run, one row a layer, head and bin that is not empty."""
     layer, head, place = histogram.nonzero()
     return pd.DataFrame(
         {
             "model": name,
+            "seed": seed,
             "layer": layer + 1,
             "head": np.where(head == 0, MEAN, head),
             "low": place / BINS,
@@ -205,29 +212,33 @@ def _frame(name: str, histogram: np.ndarray) -> pd.DataFrame:
 # --- the crystals that are shown ---------------------------------------------------------------------
 
 
-def check_material(material: str | None, crystals: Crystals) -> str | None:
-    """The configured material, after a look whether its attention can be shown.
-
-    Raises:
-        InputError: it is unknown or has no graph.
-    """
-    if material is not None:
-        if material not in crystals.material_ids:
-            raise InputError(
-                f"attention.material: {material} is not in this data set; take an id of materials.parquet"
-            )
-        if crystals.rows([material])[1]:
-            raise InputError(f"attention.material: {material} has no graph; choose another crystal")
-    return material
+def cannot_show(material: str | None, crystals: Crystals) -> str | None:
+    """Why the attention of the configured material cannot be shown, also as a warning; None if it can."""
+    if material is None:
+        return None
+    if material not in crystals.material_ids:
+        note = f"attention.material: {material} is not in this data set; take an id of materials.parquet"
+    elif crystals.rows([material])[1]:
+        note = f"attention.material: {material} has no graph; choose another crystal"
+    else:
+        return None
+    log.warning(note)
+    return note
 
 
 def crystal_facts(
-    crystals: Crystals, test: Tensor, materials: Path, tokens: Path, runs: Path, seed: int
+    crystals: Crystals,
+    test: Tensor,
+    materials: Path,
+    tokens: Path,
+    results: Path,
+    target: str,
+    seeds: list[int],
 ) -> pd.DataFrame:
     """What crystals are picked by: one row a test crystal, in the order of `test`, index material_id.
 
-    Columns: nodes, elements, spacegroup, tokens (before the cut), cut; error of each finished model of
-    `MODELS` and of structure_only, NaN where there is none.
+    Columns: nodes, elements, spacegroup, tokens (before the cut), cut; error of each model of `MODELS` and of
+    structure_only, mean over the seeds that finished, NaN where there is none.
     """
     assert crystals.nodes is not None, "CAST reads the graph"
     ids = crystals.ids(test)
@@ -246,11 +257,7 @@ def crystal_facts(
     table = pq.read_table(materials, columns=["material_id", "spacegroup"])
     facts["spacegroup"] = pd.Series(table["spacegroup"].to_numpy(), table["material_id"].to_pylist())
     for name in (*MODELS, "structure_only"):
-        file = runs / name / str(seed) / "predictions.parquet"
-        facts[name] = np.nan
-        if file.exists():
-            frame = pd.read_parquet(file).query("split == 'test'").set_index("material_id")
-            facts[name] = (frame["y_pred"] - frame["y_true"]).abs()
+        facts[name] = read_errors(results, target, name, seeds)
     return facts
 
 

@@ -14,7 +14,7 @@ from castbench.labels import TARGETS
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("model", "measure", "about", "share", "mean", "low", "high", "n", "unit")
+COLUMNS = ("model", "measure", "about", "share", "mean", "low", "high", "n", "seeds", "unit")
 CHANGES = ("sentences shuffled", "only formula", "another crystal's", "none")
 ORDERS = ("attended", "attributed", "random")
 # column of by_material.parquet: measure
@@ -29,9 +29,9 @@ ATTENTION = {
 def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -> None:
     """Write evidence.csv, one row a number.
 
-    A row is the mean over n test crystals and its 95 % bootstrap interval, which fewer than five crystals do
-    not have. Draws of anything random are
-    averaged for each crystal first. Measures, each of `about`:
+    A row is the mean over n test crystals and its 95 % bootstrap interval over them; of fewer than five, n
+    alone. What the `seeds` runs of a model say, and draws of anything random, is averaged for each crystal
+    first. Measures, each of `about`:
         similarity, effective tokens (each also "within heads"): of a layer; see `BY_MATERIAL`.
         the same with ", with minus without pretraining": the paired difference.
         tokens, attention, attribution: share of a part of the description among the tokens, of the attention
@@ -60,7 +60,7 @@ def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -
         if frame.empty:
             continue
         found = accuracy_rows(frame) if file.stem == "masked_node" else probe_rows(frame, unit)
-        rows += [{"model": file.stem, **row} for row in found]
+        rows += [{"model": file.stem, "seeds": frame["seed"].nunique(), **row} for row in found]
     write_csv(output, pd.DataFrame(rows, columns=list(COLUMNS)))
     log.info("%d numbers", len(rows))
 
@@ -75,27 +75,29 @@ def number(measure: str, about: object, values: pd.Series, unit: str = "", share
 
 def attention_rows(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Similarity and effective tokens of each model and layer, and what pretraining changes."""
+    seeds = frame.groupby("model")["seed"].nunique()
     for layer, group in frame.groupby("layer"):
-        by_model = {name: part.set_index("material_id") for name, part in group.groupby("model")}
+        by_model = dict(list(group.groupby("model")))
         for column, measure in ATTENTION.items():
             unit = "tokens" if "tokens" in measure else ""
-            for name, part in by_model.items():
-                yield {"model": name, **number(measure, layer, part[column], unit)}
+            values = {name: per_crystal(part, column) for name, part in by_model.items()}
+            for name in by_model:
+                yield {"model": name, "seeds": seeds[name], **number(measure, layer, values[name], unit)}
             if {"cast", "cast_scratch"} <= by_model.keys():
-                difference = by_model["cast"][column] - by_model["cast_scratch"][column]
+                difference = values["cast"] - values["cast_scratch"]
                 what = f"{measure}, with minus without pretraining"
-                yield {"model": "cast", **number(what, layer, difference, unit)}
+                yield {"model": "cast", "seeds": seeds.min(), **number(what, layer, difference, unit)}
 
 
 def per_crystal(frame: pd.DataFrame, column: str = "value") -> pd.Series:
-    """Mean over the draws of each crystal, by material_id."""
+    """Mean over the seeds and draws of each crystal, by material_id."""
     return frame.groupby("material_id")[column].mean()
 
 
 def probe_rows(frame: pd.DataFrame, unit: str) -> Iterator[dict[str, Any]]:
     """Rows of a model that predicts a target."""
-    own = frame[frame["condition"] == "own"].set_index("material_id")["value"]
-    before = frame["material_id"].map(own)
+    own = frame[frame["condition"] == "own"].set_index(["seed", "material_id"])["value"]
+    before = own.loc[pd.MultiIndex.from_frame(frame[["seed", "material_id"]])].to_numpy()
     frame = frame.assign(
         change=(frame["value"] - before).abs(),
         error=(frame["value"] - frame["truth"]).abs() - (before - frame["truth"]).abs(),
@@ -106,7 +108,7 @@ def probe_rows(frame: pd.DataFrame, unit: str) -> Iterator[dict[str, Any]]:
             yield number("change", condition, per_crystal(conditions[condition], "change"), unit)
             yield number("error change", condition, per_crystal(conditions[condition], "error"), unit)
     without, chance = conditions["without"], conditions["random"]
-    shares = {name: conditions[name].set_index("material_id") for name in ("attention", "attribution")}
+    shares = {name: conditions[name] for name in ("attention", "attribution")}
     for part, group in without.groupby("part", sort=False):
         one, other = per_crystal(group, "change"), per_crystal(chance[chance["part"] == part], "change")
         yield number("change", part, one, unit)
@@ -114,13 +116,13 @@ def probe_rows(frame: pd.DataFrame, unit: str) -> Iterator[dict[str, Any]]:
         yield number("change minus chance", part, one - other, unit)
         yield number("error change", part, per_crystal(group, "error"), unit)
         for name, every in shares.items():
-            mass = every.loc[every["part"] == part].loc[one.index]
-            yield number(name, part, mass["value"])
+            mass = every[(every["part"] == part) & every["material_id"].isin(one.index)]
+            yield number(name, part, per_crystal(mass))
             if name == "attention":
-                yield number("tokens", part, mass["share"])
+                yield number("tokens", part, per_crystal(mass, "share"))
     special = shares["attention"].query("part == '[CLS], [SEP]'")
-    yield number("attention", "[CLS], [SEP]", special["value"])
-    yield number("tokens", "[CLS], [SEP]", special["share"])
+    yield number("attention", "[CLS], [SEP]", per_crystal(special))
+    yield number("tokens", "[CLS], [SEP]", per_crystal(special, "share"))
     areas = {}
     for order in ORDERS:
         curve = conditions[f"delete {order}"].pivot_table("change", "material_id", "share")

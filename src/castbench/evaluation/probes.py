@@ -43,6 +43,7 @@ STEPS = 8  # of the path that gradients are integrated over
 BATCH = 64  # texts of one crystal that are run at once
 SCHEMA = pa.schema(
     [
+        ("seed", pa.int32()),
         ("material_id", pa.string()),
         # "own", a part with "without" before it, "random for ..." (as many tokens anywhere), "only formula",
         # "sentences shuffled", "another crystal's", "none"; "delete attended", "delete random",
@@ -60,7 +61,8 @@ SCHEMA = pa.schema(
 
 def probe_text(
     settings: dict[str, Any],
-    run: Path,
+    runs: Path,
+    seeds: list[int],
     materials: Path,
     split: Path,
     descriptions: Path,
@@ -70,49 +72,56 @@ def probe_text(
     output: Path,
     device: str = "cpu",
 ) -> None:
-    """Change the texts of test crystals and write what a trained model makes of them.
+    """Change the texts of test crystals and write what a model makes of them, trained with each seed.
 
     Args:
         settings: {probes}: how many test crystals at most, drawn at random; None takes all.
-        run: folder of a trained model that reads text, or of masked node pretraining.
+        runs: folder of a model that reads text, or of masked node pretraining, with a folder a seed.
+        seeds: whose runs are asked, all about the same crystals and the same texts.
         materials: materials.parquet.
         split: id lists of the target (of a pretraining: of any target; it saw no test crystal).
         descriptions: descriptions.parquet.
         graphs: cache of graphs.
         tokens: cache of tokens.
         encoder: folder of the text encoder.
-        output: Parquet file, see `SCHEMA`; without rows where the run did not finish.
+        output: Parquet file, see `SCHEMA`; without rows of runs that did not finish.
         device: cpu, cuda or auto.
     """
-    record = read_run(run)
+    wanted = json.loads(split.read_text(encoding="utf-8"))["test"]
+    packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
     with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
-        if record["status"] != "finished":
-            log.warning("%s: %s; nothing to probe", run, record["status"])
-            return
-        torch.manual_seed(0)
-        subject = Subject(run, record, graphs, tokens, encoder, device)
-        crystals = subject.crystals
-        test, _ = crystals.rows(json.loads(split.read_text(encoding="utf-8"))["test"])
-        assert crystals.has_text is not None
-        test = test[torch.from_numpy(crystals.has_text[test.numpy()])]
-        rng = np.random.default_rng(0)
-        if settings["probes"] is not None and len(test) > settings["probes"]:
-            test = test[rng.permutation(len(test))[: settings["probes"]]]
-        rows = sorted(test.tolist())
-        donors = dict(zip(rows, [*rows[1:], *rows[:1]], strict=True)) if len(rows) > 1 else {}
-        truths = truth_of(record, materials)
-        packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
-        for row, text in read_texts(descriptions, rows):
-            reading = reader.read(text)
-            check_tokens(reading, packed[row], crystals.material_ids[row])
-            other = packed[donors[row]].astype(np.int64) if row in donors else None
-            truth = float(truths[row]) if truths is not None else float(subject.hide(row).sum())
-            found = list(subject.probe(row, reading, other, np.random.default_rng(row)))
-            columns = list(zip(*[(crystals.material_ids[row], *r, truth) for r in found], strict=True))
-            writer.write_table(
-                pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
-            )
-    log.info("%s: %d crystals probed", run, len(rows))
+        for seed in seeds:
+            run = runs / str(seed)
+            record = read_run(run)
+            if record["status"] != "finished":
+                log.warning("%s: %s; nothing to probe", run, record["status"])
+                continue
+            torch.manual_seed(0)
+            subject = Subject(run, record, graphs, tokens, encoder, device)
+            crystals = subject.crystals
+            rows = choose(crystals, wanted, settings["probes"])
+            donors = dict(zip(rows, [*rows[1:], *rows[:1]], strict=True)) if len(rows) > 1 else {}
+            truths = truth_of(record, materials)
+            for row, text in read_texts(descriptions, rows):
+                reading, material_id = reader.read(text), crystals.material_ids[row]
+                check_tokens(reading, packed[row], material_id)
+                other = packed[donors[row]].astype(np.int64) if row in donors else None
+                truth = float(truths[row]) if truths is not None else float(subject.hide(row).sum())
+                found = subject.probe(row, reading, other, np.random.default_rng(row))
+                columns = zip(*[(seed, material_id, *r, truth) for r in found], strict=True)
+                arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+                writer.write_table(pa.table(arrays, schema=SCHEMA))
+            log.info("%s: %d crystals probed", run, len(rows))
+
+
+def choose(crystals: Crystals, test: list[str], most: int | None) -> list[int]:
+    """Rows of test crystals with a graph and a text, ascending; at most so many, drawn at random."""
+    rows, _ = crystals.rows(test)
+    assert crystals.has_text is not None
+    rows = rows[torch.from_numpy(crystals.has_text[rows.numpy()])]
+    if most is not None and len(rows) > most:
+        rows = rows[np.random.default_rng(0).permutation(len(rows))[:most]]
+    return sorted(rows.tolist())
 
 
 def truth_of(record: dict[str, Any], materials: Path) -> np.ndarray | None:

@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 TABLE2 = {**{part: (part,) for part in SPLITS}, "val/test": ("validation", "test"), "all": SPLITS}
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
 SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
-FEWEST = 5  # crystals that an interval is given for: of one, a bootstrap knows none
+FEWEST = 5  # crystals that a mean is given for: a bootstrap of fewer gives no interval
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
 
@@ -119,10 +119,10 @@ def paired_difference(
 def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals.
 
-    The interval is NaN for fewer than `FEWEST` crystals, the mean too for none.
+    All three are NaN for fewer than `FEWEST` crystals: a mean without an interval would be read as a result.
     """
     if len(values) < FEWEST:
-        return float(np.mean(values)) if len(values) else math.nan, math.nan, math.nan
+        return math.nan, math.nan, math.nan
     return _bootstrap(values, repeats, seed)
 
 

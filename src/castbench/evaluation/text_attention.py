@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from castbench.errors import InputError
 from castbench.provenance import write_json
 from castbench.text import read_encoder
 from castbench.text.encoders import LayeredEncoder
@@ -33,17 +32,18 @@ def extract_text_attention(
         tokens: a cache of tokens, which says how texts are cut.
         encoder: folder of the text encoder.
         output: {material_id, formula, text, encoder, words, parts (of `labels`), labels, tokens, tokens_full,
-            weights: layers, heads, words}; a word has the sum over its tokens, a row the sum 1.
-
-    Raises:
-        InputError: there is no such material, or it has no text.
+            weights: layers, heads, words}; a word has the sum over its tokens, a row the sum 1. Where there
+            is no such material, or it has no text: {note}, which says so.
     """
     table = pq.read_table(
         descriptions, columns=["material_id", "text"], filters=[("material_id", "=", material)]
     )
     text = table["text"][0].as_py() if len(table) else None
     if not text:
-        raise InputError(f"attention.text: {material} has no description; take another crystal")
+        note = f"attention.text: {material} has no description in this data set; take another crystal"
+        log.warning(note)
+        write_json(output, {"note": note})
+        return
     reading = Reader.of(tokens, encoder).read(text)
     weights = cls_attention(LayeredEncoder.from_folder(encoder), torch.from_numpy(reading.ids))
     by_word = reading.by_word(weights.numpy()).round(6)

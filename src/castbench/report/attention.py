@@ -59,7 +59,11 @@ def plot_evidence(settings: dict[str, Any], results: Path, output: Path) -> None
 
     `settings` = {source, models}; `results` must hold attention/text.json and tables/evidence.csv.
     """
-    _text(settings, read_json(results / "attention" / "text.json"), output / "text_attention")
+    text = read_json(results / "attention" / "text.json")
+    if "weights" in text:
+        _text(settings, text, output / "text_attention")
+    else:
+        _nothing(settings, text["note"], output / "text_attention")
     evidence = read_evidence(results)
     models = [m for m in MODELS if m in set(evidence.loc[evidence["measure"] == "change", "model"])]
     for name, function in {
@@ -284,12 +288,21 @@ def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) 
                 axis.stairs(share, edges, color=MODELS[model].colour, label=role)
             axis.grid(axis="y")
             axis.set_xlim(max(similarity["low"].min() - 0.02, 0), 1)
-            pairs = chosen.groupby("model")["count"].sum().max()
             axis.set_title(f"layer {layer}" if line == 0 else "")
-            axis.text(0.03, 0.96, f"n = {pairs:,}", transform=axis.transAxes, va="top", size=6.5, color=MUTED)
+            axis.text(0.03, 0.96, _count(chosen), transform=axis.transAxes, va="top", size=6.5, color=MUTED)
             axis.set_xlabel("cosine similarity" if line else "")
             axis.set_ylabel(f"node pairs (%)\n{name}" if column == 0 else "")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def _count(similarity: pd.DataFrame) -> str:
+    """How many pairs of nodes a distribution holds, of each model."""
+    pairs = similarity.groupby(["model", "seed", "head"])["count"].sum().max()
+    shown = [f"n = {pairs:,} pairs"]
+    for column in ("head", "seed"):
+        times = similarity.groupby("model")[column].nunique().max()
+        shown += [f"× {times} {column}s"] if times > 1 else []
+    return "\n".join(shown)
 
 
 def _text(settings: dict[str, Any], text: dict[str, Any], path: Path) -> None:
@@ -338,6 +351,11 @@ def layer_name(layer: int) -> str:
     return f"layer {layer + 1} (BertViz would call it {layer})"
 
 
+def counted(name: str, n: float) -> str:
+    """A name with its number of crystals, NaN for none; fewer than `FEWEST` have no point beside it."""
+    return f"{name} ({n:.0f}{', too few' if n < FEWEST else ''})" if n > 0 else name
+
+
 def intervals(axis: Axes, rows: pd.DataFrame, places: np.ndarray, **style: Any) -> None:
     """Points with their bootstrap intervals, one a row, at heights `places`."""
     spread = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
@@ -378,7 +396,7 @@ def _by_part(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
                     size = 9 if marker == "|" else 4
                     intervals(axis, rows, places + shift, color=colour, fmt=marker, markersize=size)
                 n = of_model[of_model["measure"] == "tokens"].set_index("about").reindex(present)["n"]
-                axis.set_yticks(places, [f"{p} ({n[p]:.0f})" if n[p] > 0 else p for p in present], size=7)
+                axis.set_yticks(places, [counted(p, n[p]) for p in present], size=7)
                 axis.set_ylim(len(present) - 0.5, -0.5)
                 axis.tick_params(axis="y", length=0)
                 axis.grid(axis="x")
@@ -415,7 +433,7 @@ def _changes(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
                 places = np.arange(len(CHANGES)) + (place - (len(models) - 1) / 2) * 0.15
                 intervals(axis, rows, places, color=MODELS[model].colour)
             n = evidence[evidence["measure"] == measure].groupby("about")["n"].max()
-            shown = [f"{names.get(c, c)} ({n.get(c, 0):.0f})" for c in CHANGES]
+            shown = [counted(names.get(c, c), n.get(c, 0)) for c in CHANGES]
             axis.set_yticks(range(len(CHANGES)), shown)
             axis.set_ylim(len(CHANGES) - 0.5, -0.5)
             axis.tick_params(axis="y", length=0)
@@ -441,21 +459,21 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
                 x = 100 * np.array([0, *rows["share"]])
                 colour = MUTED if order == "random" else MODELS[model].colour
                 axis.plot(x, [0, *rows["mean"]], color=colour, linestyle=styles[order])
-                if order != "attributed":
-                    axis.fill_between(
-                        x, [0, *rows["low"]], [0, *rows["high"]], color=colour, alpha=0.15, lw=0
-                    )
+                bounds = [0, *rows["low"]], [0, *rows["high"]]
+                axis.fill_between(
+                    x, *bounds, color=colour, alpha=0.08 if order == "attributed" else 0.15, lw=0
+                )
             area = of_model[of_model["about"] == "attended minus random"].iloc[0]
             axis.set_title(model_label(model), color=MODELS[model].colour)
-            known = area["n"] >= FEWEST
-            spread = f" ({area['low']:+.3f} to {area['high']:+.3f})" if known else ""
+            told = f"{area['mean']:+.3f} ({area['low']:+.3f} to {area['high']:+.3f})\nn = {area['n']:.0f}"
+            if area["n"] < FEWEST:
+                told = f"n = {area['n']:.0f}, too few"
             axis.text(
-                0.03, 0.96,
-                f"area, attended − random\n{area['mean']:+.3f}{spread}\nn = {area['n']:.0f}",
+                0.03, 0.96, f"area, attended − random\n{told}",
                 transform=axis.transAxes, va="top", size=6.5,
             )  # fmt: skip
             axis.grid(visible=True)
-            axis.set(xlim=(0, 100), ylim=(0, 1.6 * highest or 1))  # room for the numbers
+            axis.set(xlim=(0, 100), ylim=(0, 1.6 * highest if highest > 0 else 1))  # room for the numbers
             axis.set_xlabel("tokens taken out (%)")
         axes[0].set_ylabel(f"absolute change\nof the prediction ({unit})")
         handles = [

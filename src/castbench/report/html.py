@@ -296,28 +296,32 @@ def json_element(content: Any) -> markupsafe.Markup:
 def interval(
     row: dict[str, Any] | None, scale: float = 1, decimals: int = 3, sign: bool = False
 ) -> markupsafe.Markup:
-    """A mean and below it its 95 % interval, where it has one; a dash for none."""
-    if row is None or math.isnan(row["mean"]):
+    """A mean and below it its 95 % interval; a dash for none, with the reason where crystals are too few."""
+    if row is None or not row["n"]:
         return markupsafe.Markup("–")
+    if math.isnan(row["mean"]):
+        return markupsafe.Markup(f"–<small>n = {row['n']:.0f}, too few</small>")
     form = f"{'+' if sign else ''}.{decimals}f"
     low, mean, high = (format(scale * row[key], form) for key in ("low", "mean", "high"))
-    known = not math.isnan(row["low"])
-    return markupsafe.Markup(mean) + (markupsafe.Markup(f"<small>{low} to {high}</small>") if known else "")
+    return markupsafe.Markup(f"{mean}<small>{low} to {high}</small>")
 
 
 def attention_summary(results: Path) -> dict[str, Any]:
     """What the report says of attention: the interactive views' data, and evidence.csv as tables.
 
-    Keys: maps, text (data of the views, or None); target, seed; layers (rows of Figure 3's numbers);
-    similarity (pairs, crystals, one_node by model); verdict; rows (evidence by model, measure and about).
+    Keys: maps, text (data of the views, or None); notes (what could not be shown); target; shown (the seeds
+    of the maps); seeds (of the numbers); layers (rows of Figure 3's numbers); similarity (pairs, crystals,
+    one_node, seeds by model); verdict; rows (evidence by model, measure and about).
     """
     maps, text = read_maps(results), read_json(results / "attention" / "text.json")
     summary: dict[str, Any] = {
         "maps": browser_maps(maps) if maps.get("models") else None,
-        "text": browser_text(text) if text else None,
+        "text": browser_text(text) if "weights" in text else None,
+        "notes": [found["note"] for found in (maps, text) if found.get("note")],
         "encoder": text.get("encoder"),
         "target": maps.get("target"),
-        "seed": maps.get("seed"),
+        "shown": sorted(set(maps.get("seeds", {}).values())),
+        "seeds": [],
         "verdict": "",
         "similarity": {},
         "layers": [],
@@ -327,7 +331,9 @@ def attention_summary(results: Path) -> dict[str, Any]:
     if not (results / "tables" / "evidence.csv").exists():
         return summary
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in tables.records(read_evidence(results)):
+    evidence = read_evidence(results)
+    summary["seeds"] = sorted(evidence["seeds"].unique().tolist())
+    for row in tables.records(evidence):
         if row["measure"] != "deletion":
             rows.setdefault(row["model"], {}).setdefault(row["measure"], {})[row["about"]] = row
     summary["unit"] = next((r["unit"] for m in rows.values() for r in m.get("change", {}).values()), "")
@@ -338,9 +344,11 @@ def attention_summary(results: Path) -> dict[str, Any]:
         first = by_material[by_material["layer"] == 1]
         pairs = counts[(counts["layer"] == 1) & (counts["head"] < 0)].groupby("model")["count"].sum()
         for model, group in first.groupby("model"):
-            alone = int((group["n_nodes"] < 2).sum())
+            seeds = group["seed"].nunique()
+            crystals, alone = group["material_id"].nunique(), int((group["n_nodes"] < 2).sum()) // seeds
             summary["similarity"][model] = {
-                "pairs": int(pairs.get(model, 0)), "crystals": len(group) - alone, "one_node": alone,
+                "pairs": int(pairs.get(model, 0)) // seeds, "crystals": crystals - alone, "one_node": alone,
+                "seeds": seeds,
             }  # fmt: skip
         summary["layers"] = sorted(by_material["layer"].unique().tolist())
         summary["verdict"] = verdict(rows.get("cast", {}), summary["layers"])
@@ -351,7 +359,7 @@ def verdict(rows: dict[str, dict[str, Any]], layers: list[int]) -> str:
     """Whether the paper's effect of pretraining on the similarity of attention is seen, in a sentence."""
     found = rows.get("similarity, with minus without pretraining", {})
     changes = [found[str(layer)] for layer in layers if str(layer) in found]
-    if not changes:
+    if not changes or any(math.isnan(row["low"]) for row in changes):
         return ""
     lower, higher = sum(row["high"] < 0 for row in changes), sum(row["low"] > 0 for row in changes)
     seen = "seen" if lower == len(changes) else "seen in part" if lower else "not seen"

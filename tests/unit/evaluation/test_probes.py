@@ -1,31 +1,41 @@
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from castbench.errors import InputError
 from castbench.evaluation.evidence import tabulate_evidence
-from castbench.evaluation.probes import DRAWS, SHARES, Subject, probe_text, shuffle_sentences, spearman
+from castbench.evaluation.probes import (
+    DRAWS,
+    SCHEMA,
+    SHARES,
+    Subject,
+    probe_text,
+    shuffle_sentences,
+    spearman,
+)
 from castbench.evaluation.text_attention import extract_text_attention
 from castbench.evaluation.trained import read_run
 from castbench.provenance import write_json
 from castbench.text.reading import LABELS, SPECIAL, Reader
 from castbench.training.dataset import Crystals
-from small_study import TEXTS
+from small_study import SEEDS, TEXTS
 
 TESTED = ["m-1", "m-2", "m-3", "m-4", "m-5", "m-6"]  # m-0 has no text, m-7 no graph
 MODELS = ("cast", "crysmmnet_frozen", "crysmmnet_lora", "text_only", "masked_node")
 
 
-def run_of(study, model):
+def runs_of(study, model):
     if model == "masked_node":
-        return study / "pretrain" / "masked_node" / "0"
-    return study / "runs" / "band_gap" / model / "0"
+        return study / "pretrain" / "masked_node"
+    return study / "runs" / "band_gap" / model
 
 
-def probe(study, encoder, model, output, crystals=None, run=None):
+def probe(study, encoder, model, output, crystals=None, runs=None):
     probe_text(
-        {"probes": crystals}, run or run_of(study, model), study / "materials.parquet",
+        {"probes": crystals}, runs or runs_of(study, model), SEEDS, study / "materials.parquet",
         study / "splits" / "band_gap.json", study / "descriptions.parquet", study / "graphs",
         study / "tokens", encoder, output,
     )  # fmt: skip
@@ -45,13 +55,15 @@ def read(folder, model):
 
 
 def subject_of(study, encoder, model):
-    run = run_of(study, model)
+    run = runs_of(study, model) / "0"
     return Subject(run, read_run(run), study / "graphs", study / "tokens", encoder)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_test_crystal_with_graph_and_text_is_asked_everything(folder, model):
     frame = read(folder, model)
+    assert sorted(frame["seed"].unique()) == SEEDS
+    frame = frame[frame["seed"] == 1]
     assert sorted(frame["material_id"].unique()) == TESTED
     counts = frame.groupby("condition").size()
     assert counts["own"] == counts["none"] == counts["another crystal's"] == len(TESTED)
@@ -66,20 +78,20 @@ def test_the_own_text_gives_the_models_prediction(study, encoder, folder, model)
     """In the target's unit, and up to the rounding of the cached states."""
     from castbench.evaluation.trained import load_run
 
-    network = load_run(run_of(study, model), encoder)
+    network = load_run(runs_of(study, model) / "1", encoder)
     crystals = Crystals(
         network, study / "graphs", study / "tokens", study / "text_states" / "0", torch.device("cpu")
     )
     rows, _ = crystals.rows(TESTED)
     with torch.no_grad():
         expected = network(crystals.batch(rows)).numpy() * 3.0 + 2.0
-    own = read(folder, model).query("condition == 'own'").set_index("material_id").loc[TESTED]
+    own = read(folder, model).query("condition == 'own' and seed == 1").set_index("material_id").loc[TESTED]
     assert own["value"].to_numpy() == pytest.approx(expected, abs=5e-3)
     assert own["truth"].to_numpy() == pytest.approx(np.linspace(0, 3, 10)[1:7])
 
 
 def test_without_any_token_only_cls_and_sep_are_left_whatever_the_order(folder):
-    frame = read(folder, "cast")
+    frame = read(folder, "cast").query("seed == 0")
     last = frame[(frame["share"] == 1.0) & frame["condition"].str.startswith("delete")]
     assert (last.groupby("material_id")["value"].agg(np.ptp) < 1e-5).all()
     empty = frame[frame["condition"] == "none"].set_index("material_id")["value"]
@@ -98,7 +110,7 @@ def test_texts_are_read_anew(study, encoder):
 
 def test_masses_of_attention_and_gradients_add_up(folder):
     for model in ("cast", "crysmmnet_lora"):
-        frame = read(folder, model)
+        frame = read(folder, model).query("seed == 0")
         for condition in ("attention", "attribution"):
             chosen = frame[frame["condition"] == condition]
             assert (chosen.groupby("material_id")["value"].sum() - 1).abs().max() < 1e-5
@@ -139,9 +151,12 @@ def test_hidden_nodes_are_counted(study, encoder, folder):
 
 def test_a_sample_is_drawn_and_a_run_without_result_is_empty(study, encoder, tmp_path):
     frame = probe(study, encoder, "text_only", tmp_path / "a.parquet", crystals=2)
-    assert frame["material_id"].nunique() == 2
-    write_json(tmp_path / "run" / "metrics.json", {"status": "failed"})
-    assert probe(study, encoder, "cast", tmp_path / "b.parquet", run=tmp_path / "run").empty
+    assert frame["material_id"].nunique() == 2 and sorted(frame["seed"].unique()) == SEEDS
+    assert (frame.groupby("material_id")["seed"].nunique() == 2).all(), "every seed is asked about the same"
+    write_json(tmp_path / "runs" / "0" / "metrics.json", {"status": "failed"})
+    assert probe(study, encoder, "cast", tmp_path / "b.parquet", runs=tmp_path / "runs").empty
+    shutil.copytree(runs_of(study, "cast") / "1", tmp_path / "runs" / "1")
+    assert set(probe(study, encoder, "cast", tmp_path / "c.parquet", runs=tmp_path / "runs")["seed"]) == {1}
 
 
 def test_the_same_bytes_again(study, encoder, folder, tmp_path):
@@ -169,22 +184,22 @@ def test_spearman():
 def test_every_number_has_crystals_and_an_interval(folder, tmp_path):
     tabulate_evidence({"target": "band_gap"}, folder, tmp_path / "evidence.csv")
     frame = pd.read_csv(tmp_path / "evidence.csv")
-    assert set(frame["model"]) == set(MODELS)
-    known = frame[frame["mean"].notna()]
-    assert (known["n"] >= 1).all()
-    assert (known["low"].notna() == (known["n"] >= 5)).all() and (known["n"] >= 5).sum() > 100
-    given = known[known["n"] >= 5]
+    assert set(frame["model"]) == set(MODELS) and (frame["seeds"] == 2).all()
+    few = frame["n"] < 5
+    assert few.any() and frame.loc[few, ["mean", "low", "high"]].isna().all(axis=None)
+    given = frame[~few]
+    assert len(given) > 100 and given[["mean", "low", "high"]].notna().all(axis=None)
     assert (given["low"] <= given["mean"] + 1e-6).all() and (given["mean"] <= given["high"] + 1e-6).all()
     assert set(frame.loc[frame["measure"] == "change", "unit"]) == {"eV"}
 
 
 def test_numbers_are_what_they_say(tmp_path):
     def row(condition, value, material="a", part=None, share=0.0, draw=0):
-        return {"material_id": material, "condition": condition, "part": part, "share": share, "draw": draw,
-                "value": value, "truth": 1.0}  # fmt: skip
+        return {"seed": 0, "material_id": material, "condition": condition, "part": part, "share": share,
+                "draw": draw, "value": value, "truth": 1.0}  # fmt: skip
 
     rows = []
-    for material, own in (("a", 2.0), ("b", 4.0)):
+    for material, own in zip("abcde", (2.0, 4.0, 3.0, 5.0, 6.0), strict=True):
         rows += [row("own", own, material), row("none", own + 1, material)]
         rows += [row("sentences shuffled", own + d, material, draw=d) for d in (0, 1, 2)]
         rows += [row("without", own - 0.5, material, "formula", 0.2)]
@@ -211,9 +226,27 @@ def test_numbers_are_what_they_say(tmp_path):
     assert found["area", "attended minus random"] == 0.75
 
 
-def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
-    import json
+def test_seeds_are_averaged_within_a_crystal(tmp_path):
+    """The bootstrap is over crystals: a second seed that says the same makes no interval narrower."""
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 8))  # of seeds and crystals
+    (tmp_path / "probes").mkdir()
+    for name, chosen in (("one", values.mean(axis=0, keepdims=True)), ("three", values)):
+        rows = [
+            (seed, f"m-{i}", condition, None, None, 0, value * (condition == "own"), 2.0)
+            for seed, of_seed in enumerate(chosen)
+            for i, value in enumerate(of_seed)
+            for condition in ("own", "none")
+        ]
+        pd.DataFrame(rows, columns=SCHEMA.names).to_parquet(tmp_path / "probes" / "masked_node.parquet")
+        tabulate_evidence({"target": "band_gap"}, tmp_path, tmp_path / f"{name}.csv")
+    one, three = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("one", "three"))
+    assert list(one["seeds"]) == [1, 1] and list(three["seeds"]) == [3, 3]
+    pd.testing.assert_frame_equal(one.drop(columns="seeds"), three.drop(columns="seeds"), rtol=1e-4)
+    assert list(three["n"]) == [8, 8] and three["mean"][0] == pytest.approx(values.mean() / 2, rel=1e-4)
 
+
+def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
     from transformers import AutoModel
 
     output = tmp_path / "text.json"
@@ -228,5 +261,12 @@ def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
         maps = model(torch.from_numpy(reading.ids)[None], output_attentions=True).attentions
     expected = np.stack([reading.by_word(m[0, :, 0].numpy()) for m in maps])
     assert weights == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match="m-0 has no description"):
-        extract_text_attention(study / "descriptions.parquet", "m-0", study / "tokens", encoder, output)
+
+
+@pytest.mark.parametrize("material", ["m-0", "mp-1"])
+def test_a_crystal_without_description_is_left_out_with_a_note(study, encoder, tmp_path, material, caplog):
+    output = tmp_path / "text.json"
+    extract_text_attention(study / "descriptions.parquet", material, study / "tokens", encoder, output)
+    note = json.loads(output.read_text())["note"]
+    assert note.startswith(f"attention.text: {material} has no description in this data set")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [note]

@@ -29,7 +29,8 @@ def write_attention(results, models=("cast_scratch", "cast")):
             ("m-9", "Al2Te5", "largest error of CAST", ["Al1", "Te1"]),
         )
     ]  # fmt: skip
-    maps = {"target": "total_energy", "seed": 0, "labels": LABELS, "models": list(models)}
+    maps = {"target": "total_energy", "labels": LABELS, "models": list(models), "note": None}
+    maps |= {"seeds": dict.fromkeys(models, 0)}
     arrays, counts, by_material = {}, [], []
     for model, mean in zip(("cast_scratch", "cast"), (0.95, 0.6), strict=True):
         if model not in models:
@@ -40,17 +41,19 @@ def write_attention(results, models=("cast_scratch", "cast")):
             arrays[f"{model}/{entry['material_id']}"] = weights
         for layer in (1, 2):
             counts += [
-                {"model": model, "layer": layer, "head": head, "low": mean, "count": 15}
+                {"model": model, "seed": seed, "layer": layer, "head": head, "low": mean, "count": 15}
                 for head in (-1, 1, 2, 3, 4)
+                for seed in (0, 1)
             ]
-            for i in range(7):
+            for i, seed in ((i, seed) for i in range(7) for seed in (0, 1)):
                 value = mean + 0.01 * i if i > 1 else float("nan")
-                by_material.append((model, f"m-{i}", layer, 3 if i > 1 else 1, 11, value, value, 9.5, 8.5))
+                sizes = (3 if i > 1 else 1, 11)
+                by_material.append((model, seed, f"m-{i}", layer, *sizes, value, value, 9.5, 8.5))
     folder = results / "attention"
     (folder / "probes").mkdir(parents=True, exist_ok=True)
     write_json(folder / "maps.json", maps | {"materials": entries if models else []})
     (folder / "maps.safetensors").write_bytes(save(arrays))
-    columns = ["model", "layer", "head", "low", "count"]
+    columns = ["model", "seed", "layer", "head", "low", "count"]
     pd.DataFrame(counts, columns=columns).to_parquet(folder / "similarity.parquet")
     pd.DataFrame(by_material, columns=BY_MATERIAL.names).to_parquet(folder / "by_material.parquet")
     text = {key: entries[0][key] for key in ("material_id", "formula", "words", "parts", "tokens")}
@@ -74,8 +77,9 @@ def write_probes(file, rng):
         asked += [("without", part, 0.2), ("random", part, 0.2)] if part[0] != "[" else []
     asked += [(f"delete {o}", None, s) for o in ("attended", "attributed", "random") for s in (0.5, 1.0)]
     rows = [
-        (f"m-{i}", condition, part, share, 0, rng.random(), 1.0)
+        (seed, f"m-{i}", condition, part, share, 0, rng.random(), 1.0)
         for i in range(7)
+        for seed in (0, 1)
         for condition, part, share in asked
     ]
     pd.DataFrame(rows, columns=SCHEMA.names).to_parquet(file)

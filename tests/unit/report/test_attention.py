@@ -81,10 +81,10 @@ def test_nothing_ends_the_script_that_holds_the_data():
 
 def test_figures_without_any_run(settings, results, tmp_path):
     copy = shutil.copytree(results / "attention", tmp_path / "attention").parent
-    maps = {"labels": [], "models": [], "materials": [], "target": "band_gap", "seed": 0}
+    maps = {"labels": [], "models": [], "materials": [], "target": "band_gap", "seeds": {}, "note": None}
     write_json(copy / "attention" / "maps.json", maps)
     (copy / "attention" / "maps.safetensors").write_bytes(save({}))
-    columns = ["model", "layer", "head", "low", "count"]
+    columns = ["model", "seed", "layer", "head", "low", "count"]
     pd.DataFrame(columns=columns).to_parquet(copy / "attention" / "similarity.parquet")
     (copy / "tables").mkdir()
     pd.DataFrame(columns=list(COLUMNS)).to_csv(copy / "tables" / "evidence.csv", index=False)

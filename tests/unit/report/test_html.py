@@ -1,11 +1,15 @@
 import base64
+import json
 import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from castbench.provenance import write_json
+from castbench.report.attention import plot_evidence
 from castbench.report.html import (
     attention_summary,
     code,
@@ -154,7 +158,9 @@ def test_attention_is_given_in_numbers_with_their_crystals(page):
     text = re.sub(r"<[^>]+>", " ", page[page.index('<section id="attention">') :])
     # mean of 0.62 to 0.66 over five crystals
     assert re.search(r"0\.640 +0\.6[23]\d to 0\.6[45]\d", text)
-    assert "15 pairs of 5 crystals, 2 more with one node left out" in " ".join(text.split())
+    assert "15 pairs of 5 crystals in each of 2 seeds, 2 more with one node left out" in " ".join(
+        text.split()
+    )
     for words in ("its formula alone", "without mineral", "rank correlation", "MAE of CAST − coGN"):
         assert words in text, words
 
@@ -168,6 +174,36 @@ def test_groups_of_fewer_than_five_crystals_have_no_interval(tmp_path):
     assert [(by, group) for by, group, _ in found] == [("all", "all"), ("sites", "1")]
     assert found[0][2][0]["verdict"] == "near" and found[0][2][1] is None
     assert found[1][2][0]["verdict"] == ""
+
+
+def test_numbers_of_fewer_than_five_crystals_are_not_shown(results, config, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    file = copy / "tables" / "evidence.csv"
+    evidence = pd.read_csv(file)
+    few = (evidence["model"] == "masked_node") & (evidence["about"] == "none")
+    evidence.loc[few, ["mean", "low", "high"]], evidence.loc[few, "n"] = np.nan, 3
+    evidence.to_csv(file, index=False)
+    gain = pd.read_csv(copy / "tables" / "text_gain.csv")
+    assert gain.loc[gain["n"] < 5, ["difference", "low", "high"]].isna().all(axis=None)
+    assert (gain["n"] < 5).any() and gain.loc[gain["n"] >= 5, "difference"].notna().all()
+    render_report(config, copy, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>–<small>n = 3, too few</small></td>" in page  # of the pretraining's accuracy
+    assert len(re.findall(r"<td>–<small>n = [1-4], too few</small></td>", page)) > 1  # and of the gain
+    assert not re.search(r">[+-]?nan", page)
+
+
+def test_what_could_not_be_shown_is_said(results, config, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    maps = json.loads((copy / "attention" / "maps.json").read_text())
+    write_json(copy / "attention" / "maps.json", maps | {"note": "attention.material: mp-1 is not here"})
+    write_json(copy / "attention" / "text.json", {"note": "attention.text: mp-2 has no description"})
+    plot_evidence({"source": "demo", "models": config["models"], "dataset": "x"}, copy, copy / "figures")
+    render_report(config, copy, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "attention.material: mp-1 is not here" in page
+    assert "attention.text: mp-2 has no description" in page and 'class="view text-view' not in page
+    assert "attention.text: mp-2" in (copy / "figures" / "text_attention.svg").read_text()
 
 
 def test_a_report_without_attention(results, config, tmp_path):
