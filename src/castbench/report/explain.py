@@ -176,11 +176,13 @@ def part_rows(frame: pd.DataFrame, own: float, reading: Reading) -> list[dict[st
     return rows
 
 
-def curve_rows(frame: pd.DataFrame, own: float) -> list[tuple[str, list[tuple[float, float]]]]:
-    """(order of deletion, [(share taken out, absolute change)])."""
+def curve_rows(frame: pd.DataFrame, own: float) -> list[dict[str, Any]]:
+    """Of each order of deletion: name, points [(share taken out, absolute change)] from 0 on, area."""
     curves = []
     for order, name in ORDER_NAMES.items():
         chosen = frame[frame["condition"] == f"delete {order}"]
         change = (chosen["value"] - own).abs().groupby(chosen["share"]).mean()
-        curves.append((name, list(zip(change.index.tolist(), change.tolist(), strict=True))))
+        shares, changes = [0.0, *change.index.tolist()], [0.0, *change.tolist()]
+        area = float(np.trapezoid(changes, shares))
+        curves.append({"name": name, "points": list(zip(shares, changes, strict=True)), "area": area})
     return curves

@@ -1,11 +1,13 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from castbench.cli import main
-from castbench.evaluation.probes import Subject
+from castbench.evaluation.probes import Row, Subject
 from castbench.provenance import write_json
+from castbench.report.explain import curve_rows
 from small_study import write_study
 
 # Rock salt: one site of each element.
@@ -65,6 +67,19 @@ def test_a_page_for_a_new_crystal(study, crystal, tmp_path, capsys, monkeypatch)
     for words in ("the formula alone", "most attended first", "Rank correlation"):
         assert words in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("<polyline") == 3 and "Area<small>under the curve, eV</small>" in page
+
+
+def test_the_area_is_that_under_the_curve():
+    rows = [(f"delete {order}", None, share, draw, 5 + change * (-1) ** draw)
+            for order in ("attended", "attributed", "random") for draw in (0, 1)
+            for share, change in ((0.5, 2.0), (1.0, 1.0))]  # fmt: skip
+    first = curve_rows(pd.DataFrame(rows, columns=list(Row._fields)), 5.0)[0]
+    assert first == {
+        "name": "most attended first",
+        "points": [(0.0, 0.0), (0.5, 2.0), (1.0, 1.0)],
+        "area": 1.25,
+    }
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ async function drawMaps(view) {
     const margin = Math.max(...material.nodes.map((name) => probe.measureText(name).width)) + 10;
     const room = Math.max(...material.words.map((name) => probe.measureText(name).width)) + 8;
     const wide = Math.min(Math.max((place.clientWidth - margin - 12) / words, 13), 26), high = nodes > 12 ? 13 : 17;
-    const block = nodes * high + 28, ruler = 12, below = room;
+    const block = nodes * high + 28, ruler = 17, below = room;
     const canvas = document.createElement("canvas");
     const pen = sized(canvas, margin + words * wide + 10, data.rows.length * block + ruler + below + 6);
     const ink = pen.fillStyle;
@@ -177,10 +177,15 @@ async function drawMaps(view) {
       paint(pen, row, layer, head, margin, top, words * wide, nodes * high);
     });
     const base = data.rows.length * block + 2;
-    material.parts.forEach((part, word) => {
+    for (let start = 0, stop; start < words; start = stop) { // runs of words about one part
+      const part = material.parts[start], name = data.labels[part];
+      for (stop = start + 1; stop < words && material.parts[stop] === part; stop++);
+      const left = margin + start * wide, across = (stop - start) * wide, text = pen.measureText(name).width;
       pen.fillStyle = data.colours[part];
-      pen.fillRect(margin + word * wide, base, wide + 0.5, ruler - 3);
-    });
+      pen.fillRect(left, base, across, ruler - 3);
+      pen.fillStyle = "#1b1f25";
+      if (text + 6 < across) pen.fillText(name, left + (across - text) / 2, base + ruler - 6);
+    }
     pen.fillStyle = ink;
     material.words.forEach((name, word) => {
       pen.save();
