@@ -34,12 +34,14 @@ rule extract_attention:
         states=lambda wildcards: states_option("cast", wildcards),
         seeds=config["training"]["seeds"],
         encoder=ENCODER,
+        device=config["training"]["device"],
     shell:
         "python -m castbench extract_attention --settings {params.settings:q} --runs results/{wildcards.dataset}/runs"
         " --seeds {params.seeds} --materials {input.materials} --split {input.split}"
         " --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"
         " --tokens results/{wildcards.dataset}/tokens {params.states}"
-        " --encoder {params.encoder:q} --output results/{wildcards.dataset}/attention --log {log}"
+        " --encoder {params.encoder:q} --device {params.device}"
+        " --output results/{wildcards.dataset}/attention --log {log}"
 
 
 rule describe_crystal:

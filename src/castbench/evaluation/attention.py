@@ -18,7 +18,7 @@ from torch import Tensor
 
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_errors
-from castbench.evaluation.trained import load_run, read_run
+from castbench.evaluation.trained import choose_device, load_run, read_run
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
@@ -64,6 +64,7 @@ def extract_attention(
     encoder: Path,
     output: Path,
     states: Path | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write maps of a dozen test crystals, and statistics of all of them, into `output`.
 
@@ -87,6 +88,7 @@ def extract_attention(
         encoder: folder of the text encoder.
         output: folder.
         states: cache of token states, for models that read them.
+        device: cpu, cuda or auto.
     """
     target, record = settings["target"], json.loads(split.read_text())
     finished: dict[str, list[int]] = {}
@@ -105,9 +107,9 @@ def extract_attention(
         pq.ParquetWriter(partial, BY_MATERIAL) as by_material,
     ):
         for name, seed in ((name, seed) for name, found in finished.items() for seed in found):
-            model = load_run(runs / target / name / str(seed), encoder)
+            model = load_run(runs / target / name / str(seed), encoder).to(choose_device(device))
             assert isinstance(model, Cast)
-            crystals = Crystals(model, graphs, tokens, states, torch.device("cpu"))
+            crystals = Crystals(model, graphs, tokens, states, choose_device(device))
             test, _ = crystals.rows(record["test"])
             if not shown:
                 facts = crystal_facts(crystals, test, materials, tokens, runs.parent, target, seeds)
@@ -135,7 +137,7 @@ def extract_attention(
 def attention(model: Cast, batch: Batch) -> list[np.ndarray]:
     """Attention weights (layers, heads, nodes, tokens) of each crystal of a batch; every row sums to 1."""
     _, layers = model.attention_maps(batch)
-    weights = torch.stack(layers, dim=1)  # (B, layers, heads, N, T), padded
+    weights = torch.stack(layers, dim=1).cpu()  # (B, layers, heads, N, T), padded
     nodes, tokens = batch.node_offsets.diff().tolist(), batch.token_offsets.diff().tolist()
     return [w[:, :, :n, :t].numpy() for w, n, t in zip(weights, nodes, tokens, strict=True)]
 

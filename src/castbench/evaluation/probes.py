@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from castbench.evaluation.attention import check_tokens, read_texts
-from castbench.evaluation.trained import load_run, read_run
+from castbench.evaluation.trained import choose_device, load_run, read_run
 from castbench.labels import TARGETS
 from castbench.materials.targets import target_values
 from castbench.models.base import Network
@@ -154,9 +154,7 @@ class Subject:
         encoder: Path,
         device: str = "cpu",
     ):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.network: Network = load_run(run, encoder)
         self.network.text.read_ids(encoder)
         self.network.requires_grad_(False).to(self.device)
