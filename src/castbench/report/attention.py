@@ -450,7 +450,7 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
     with drawing(settings, path) as made:
         figure, axes = panels(len(models), 3, (3.2, 2.3), sharey=True, sharex=True)
         made.append(figure)
-        highest = evidence.loc[evidence["measure"] == "deletion", "mean"].max()
+        highest = evidence.loc[evidence["measure"] == "deletion", "high"].max()
         for axis, model in zip(axes, models, strict=True):
             of_model = evidence[evidence["model"] == model]
             for order in ORDERS:
@@ -473,7 +473,7 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
                 transform=axis.transAxes, va="top", size=6.5,
             )  # fmt: skip
             axis.grid(visible=True)
-            axis.set(xlim=(0, 100), ylim=(0, 1.6 * highest if highest > 0 else 1))  # room for the numbers
+            axis.set(xlim=(0, 100), ylim=(0, 1.35 * highest if highest > 0 else 1))  # room for the numbers
             axis.set_xlabel("tokens taken out (%)")
         axes[0].set_ylabel(f"absolute change\nof the prediction ({unit})")
         handles = [
