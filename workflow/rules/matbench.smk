@@ -5,6 +5,12 @@ Output: materials/{task}.json.gz, splits/{task}.fold_{k}.json, matbench/{task}.p
 value), matbench/{model}/{seed}/results.json.gz, tables/, report.html.
 """
 
+SUBMISSIONS = expand(
+    "results/{{dataset}}/matbench/{model}/{seed}/results.json.gz",
+    model=config["models"],
+    seed=config["training"]["seeds"],
+)
+
 
 localrules:
     fetch_matbench,
@@ -64,11 +70,7 @@ rule aggregate_matbench:
         manifest="results/{dataset}/materials/manifest.json",
         published="workflow/resources/paper/matbench.csv",
     output:
-        expand(
-            "results/{{dataset}}/matbench/{model}/{seed}/results.json.gz",
-            model=config["models"],
-            seed=config["training"]["seeds"],
-        ),
+        SUBMISSIONS,
         report(
             "results/{dataset}/tables/matbench.csv",
             category="1 Results",
@@ -95,8 +97,10 @@ rule aggregate_matbench:
 rule render_matbench_report:
     """One self-contained file with everything."""
     input:
+        SUBMISSIONS,
         expand(
-            "results/{{dataset}}/tables/{name}.csv", name=["matbench", "matbench_folds"]
+            "results/{{dataset}}/tables/{name}.csv",
+            name=["matbench", "matbench_folds"],
         ),
         manifest="results/{dataset}/materials/manifest.json",
         graphs="results/{dataset}/graphs/manifest.json",
