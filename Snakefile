@@ -27,6 +27,11 @@ if config["study"] == "compositions":
     include: "workflow/rules/compositions.smk"
 
 
+if config["study"] == "matbench":
+
+    include: "workflow/rules/matbench.smk"
+
+
 rule all:
     default_target: True
     input:
@@ -39,7 +44,7 @@ rule materials:
         expand(
             "results/{dataset}/splits/{target}.json",
             dataset=config["dataset"],
-            target=config["targets"],
+            target=TARGETS,
         ),
 
 
@@ -60,7 +65,7 @@ rule training:
 
 rule evaluation:
     input:
-        f"results/{config['dataset']}/tables/table1.csv",
+        f"results/{config['dataset']}/tables/{'matbench' if config['study'] == 'matbench' else 'table1'}.csv",
 
 
 onsuccess:

@@ -17,9 +17,11 @@ from castbench.errors import InputError
 
 # verb: module:function, in the order of the data flow. Modules are imported when their verb runs.
 VERBS = {
+    "fetch_matbench": "castbench.materials.matbench",
     "collect_materials": "castbench.materials.sources",
     "filter_materials": "castbench.materials.filters",
     "split_materials": "castbench.materials.splits",
+    "split_matbench": "castbench.materials.folds",
     "describe_shard": "castbench.text.descriptions",
     "describe_crystal": "castbench.text.descriptions",
     "gather_descriptions": "castbench.text.descriptions",
@@ -34,11 +36,13 @@ VERBS = {
     "probe_text": "castbench.evaluation.probes",
     "tabulate_evidence": "castbench.evaluation.evidence",
     "aggregate_runs": "castbench.evaluation.aggregate",
+    "aggregate_matbench": "castbench.evaluation.matbench",
     "plot_dataset": "castbench.report.figures",
     "plot_results": "castbench.report.figures",
     "plot_attention": "castbench.report.attention",
     "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
+    "render_matbench_report": "castbench.report.matbench",
     "explain": "castbench.report.explain",
     "collect_compositions": "castbench.compositions.collect",
     "aggregate_compositions": "castbench.compositions.collect",

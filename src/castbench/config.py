@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from castbench.errors import InputError
+from castbench.labels import FOLDS, MATBENCH, fold_name
 from castbench.text import slug
 
 Config = dict[str, Any]
@@ -45,8 +46,9 @@ def check(config: Config) -> None:
     Raises:
         InputError: keys that contradict one another.
     """
+    check_matbench(config)
     target, targets = config["attention"]["target"], config["targets"]
-    if target not in targets:
+    if target not in targets and config["study"] != "matbench":
         raise InputError(
             f"attention.target: {target} is not among targets; choose one of {', '.join(targets)}"
         )
@@ -81,6 +83,42 @@ def check(config: Config) -> None:
         check_compositions(config["compositions"])
 
 
+def check_matbench(config: Config) -> None:
+    """Check that the study matbench has what its folds need, and that no other study has its tasks.
+
+    Raises:
+        InputError: a key that contradicts the study.
+    """
+    materials, here = config["materials"], config["study"] == "matbench"
+    for target in config["targets"]:
+        if (target in MATBENCH) != here:
+            wanted = "the tasks of Matbench alone" if here else "no task of Matbench"
+            raise InputError(f"targets: {target}, but study {config['study']} has {wanted}; change one")
+    if (materials["source"] == "matbench") != here:
+        raise InputError(
+            f"materials.source: {materials['source']} and study {config['study']} do not go together; "
+            "workflow/presets/matbench.yaml sets both to matbench"
+        )
+    if not here:
+        return
+    energies = ("max_formation_energy", "max_energy_above_hull", "min_formation_energy")
+    filters = materials["filters"]
+    on = [f"filters.{key}" for key in energies if filters[key] is not None]
+    on += [f"filters.{key}" for key in ("abx3", "exclude_noble_gases") if filters[key]]
+    on += ["sample"] * (materials["sample"] is not None) + ["columns"] * bool(materials["columns"])
+    if on:
+        raise InputError(f"materials.{on[0]}: Matbench's folds need every record as published; switch it off")
+    if pretrained := [model for model in config["models"] if objective(model)]:
+        raise InputError(
+            f"models: {pretrained[0]} is pretrained on crystals that are for training in every "
+            "target, and each crystal of Matbench is for testing in a fold; leave it out"
+        )
+    if not config["matbench"]["validation"] and config["training"]["selection"] != "last":
+        raise InputError(
+            "training.selection: best needs crystals for validation; set matbench.validation, or make it last"
+        )
+
+
 def check_compositions(section: Config) -> None:
     """Check what the schema cannot express of the section `compositions`.
 
@@ -105,6 +143,12 @@ def check_compositions(section: Config) -> None:
 def source_settings(config: Config) -> Config:
     """The part of the configuration that the materials depend on before any filter."""
     materials = config["materials"]
+    if materials["source"] == "matbench":
+        folder = materials["path"] or f"results/{config['dataset']}/materials"
+        return {
+            "source": "matbench",
+            "files": {task: f"{folder}/{task}.json.gz" for task in config["targets"]},
+        }
     if materials["source"] != "materials_project":
         return {key: materials[key] for key in ("source", "path", "columns")}
     # The descriptions are part of the download, where they are asked for.
@@ -115,10 +159,19 @@ def source_settings(config: Config) -> Config:
 
 
 def source_files(config: Config) -> list[str]:
-    """The files that the materials are read from; none for a download."""
+    """The files that the materials are read from; none for a download from the Materials Project."""
     settings = source_settings(config)
+    if "files" in settings:
+        return list(settings["files"].values())
     file = settings.get("path") or settings.get("snapshot")
     return [file] if file else []
+
+
+def run_targets(config: Config) -> list[str]:
+    """What has a split and runs of its own: every target, or every fold of a task of Matbench."""
+    if config["study"] != "matbench":
+        return config["targets"]
+    return [fold_name(task, fold) for task in config["targets"] for fold in range(FOLDS)]
 
 
 def composition_source(config: Config) -> Config:

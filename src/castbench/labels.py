@@ -1,12 +1,15 @@
 """Names, labels, units and colours of targets and models: the only place that has them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Target:
-    """A property to predict: `transform` of the materials column `column`, in `unit`."""
+    """A property to predict: `transform` of the materials column `column`, in `unit`.
+
+    Of a `classification` the values are classes 0 and 1, and the predictions probabilities of 1.
+    """
 
     name: str
     label: str
@@ -14,6 +17,7 @@ class Target:
     symbol: str
     column: str
     transform: Literal["identity", "log10"] = "identity"
+    task: Literal["regression", "classification"] = "regression"
 
     @property
     def axis(self) -> str:
@@ -44,6 +48,50 @@ TARGETS = {
     )
 }
 TARGET_ORDER = tuple(TARGETS)
+
+# The tasks of Matbench v0.1 (Dunn et al. 2020) whose input is a structure; the values are in the task's unit.
+MATBENCH = {
+    target.name: target
+    for target in (
+        Target("matbench_jdft2d", "Exfoliation energy", "meV/atom", "E_exf", "matbench_jdft2d"),
+        Target("matbench_phonons", "Last phonon peak", "1/cm", "ω", "matbench_phonons"),
+        Target("matbench_dielectric", "Refractive index", "unitless", "n", "matbench_dielectric"),
+        Target("matbench_log_gvrh", "log10 shear modulus", "log10 GPa", "log G", "matbench_log_gvrh"),
+        Target("matbench_log_kvrh", "log10 bulk modulus", "log10 GPa", "log K", "matbench_log_kvrh"),
+        Target(
+            "matbench_perovskites",
+            "Perovskite formation energy",
+            "eV/unit cell",
+            "E_f",
+            "matbench_perovskites",
+        ),
+        Target("matbench_mp_gap", "Band gap", "eV", "E_g", "matbench_mp_gap"),
+        Target(
+            "matbench_mp_is_metal",
+            "Metal",
+            "probability",
+            "metal",
+            "matbench_mp_is_metal",
+            task="classification",
+        ),
+        Target("matbench_mp_e_form", "Formation energy", "eV/atom", "E_f", "matbench_mp_e_form"),
+    )
+}
+FOLDS = 5
+
+
+def fold_name(task: str, fold: int) -> str:
+    """Name of a Matbench task's fold, which is a target with a split and runs of its own."""
+    return f"{task}.fold_{fold}"
+
+
+TARGETS |= MATBENCH
+TARGETS |= {
+    name: replace(target, name=name, label=f"{target.label}, fold {fold}")
+    for target in MATBENCH.values()
+    for fold in range(FOLDS)
+    for name in [fold_name(target.name, fold)]
+}
 
 # Okabe and Ito's colour-blind safe palette; the order is that of Table 1 of the CAST paper.
 MODELS = {

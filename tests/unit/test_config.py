@@ -10,7 +10,7 @@ import yaml
 
 from castbench import config as meaning
 from castbench.errors import InputError
-from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MODELS, TARGETS
+from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MATBENCH, MODELS, TARGET_ORDER, TARGETS
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def properties(schema: dict, path: str = ""):
         yield from properties(value, f"{path}{key}.")
 
 
-@pytest.mark.parametrize("preset", [None, "smoke", "paper", "perovskite"])
+@pytest.mark.parametrize("preset", [None, "smoke", "paper", "perovskite", "matbench"])
 def test_presets_fit_the_schema(root: Path, schema: dict, config: dict, preset: str | None):
     if preset:
         config = merged(config, yaml.safe_load((root / f"workflow/presets/{preset}.yaml").read_text()))
@@ -62,7 +62,7 @@ def value_at(config: dict, path: str):
 def test_the_paper_preset_takes_nothing_from_the_default_config(root: Path, schema: dict):
     preset = yaml.safe_load((root / "workflow/presets/paper.yaml").read_text())
     for path, _ in properties(schema):
-        if path.split(".")[0] != "compositions":  # the other study's
+        if path.split(".")[0] not in ("compositions", "matbench"):  # the other studies'
             value_at(preset, path)
 
 
@@ -139,7 +139,7 @@ def test_names_agree_everywhere(schema: dict):
         == set(schema["properties"]["models"]["items"]["enum"])
         == set(REGISTRY)
     )
-    assert set(TARGETS) == set(schema["properties"]["targets"]["items"]["enum"])
+    assert {*TARGET_ORDER, *MATBENCH} == set(schema["properties"]["targets"]["items"]["enum"])
 
 
 def test_names_of_the_composition_study_agree_everywhere(schema: dict):
@@ -242,3 +242,38 @@ def test_the_source_depends_on_its_own_keys(config: dict):
     assert meaning.source_settings(merged(config, provided))["descriptions"]
     assert meaning.source_files(config) == []
     assert meaning.source_files(merged(config, {"materials": {"snapshot": "a.zst"}})) == ["a.zst"]
+
+
+@pytest.fixture
+def folds(root: Path, config: dict) -> dict:
+    """The configuration of the preset for Matbench."""
+    return merged(config, yaml.safe_load((root / "workflow/presets/matbench.yaml").read_text()))
+
+
+def test_every_fold_of_a_task_has_runs_of_its_own(config: dict, folds: dict):
+    assert meaning.run_targets(config) == config["targets"]
+    names = meaning.run_targets(folds)
+    assert len(names) == 45 and names[:2] == ["matbench_jdft2d.fold_0", "matbench_jdft2d.fold_1"]
+    assert set(names) <= set(TARGETS)
+    assert meaning.source_files(folds)[0] == "results/matbench/materials/matbench_jdft2d.json.gz"
+    here = merged(folds, {"materials": {"path": "files"}, "targets": ["matbench_phonons"]})
+    assert meaning.source_files(here) == ["files/matbench_phonons.json.gz"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"study": "cast"}, "targets: matbench_jdft2d, but study cast has no task of Matbench"),
+        ({"targets": ["band_gap"]}, "targets: band_gap, but study matbench has the tasks of Matbench alone"),
+        ({"materials": {"source": "local"}}, "materials.source: local and study matbench"),
+        ({"materials": {"sample": 10}}, "materials.sample: Matbench's folds need every record"),
+        ({"materials": {"filters": {"exclude_noble_gases": True}}}, "materials.filters.exclude_noble_gases"),
+        ({"materials": {"filters": {"max_formation_energy": 0.1}}}, "materials.filters.max_formation_energy"),
+        ({"models": ["structure_only", "cast"]}, "models: cast is pretrained"),
+        ({"training": {"selection": "best"}}, "set matbench.validation"),
+    ],
+)
+def test_what_matbenchs_folds_forbid_is_named(folds: dict, change: dict, named: str):
+    with pytest.raises(InputError, match=re.escape(named)):
+        meaning.check(merged(folds, change))
+    meaning.check(merged(folds, {"matbench": {"validation": 0.1}, "training": {"selection": "best"}}))

@@ -106,7 +106,8 @@ COMPOSITION_FIGURES = {
 }
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 ENCODER = str(meaning.encoder_folder(config))
-SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targets"]]
+TARGETS = meaning.run_targets(config)
+SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in TARGETS]
 SHARDS = range(config["text"]["shards"])
 
 
@@ -125,7 +126,8 @@ if not TEXT_FILE.suffix:
 wildcard_constraints:
     probed="|".join(PROBED) or "none",
     dataset=config["dataset"],
-    target="|".join(config["targets"]),
+    target="|".join(map(re.escape, TARGETS)),
+    task="|".join(config["targets"]),
     model="|".join(config["models"]),
     objective="masked_node|contrastive",
     shard=r"\d+",
@@ -205,7 +207,7 @@ def all_metrics(wildcards):
     return expand(
         "results/{dataset}/runs/{target}/{model}/{seed}/metrics.json",
         dataset=config["dataset"],
-        target=config["targets"],
+        target=TARGETS,
         model=config["models"],
         seed=config["training"]["seeds"],
     )

@@ -23,6 +23,7 @@ from castbench.provenance import atomic_path, write_json
 
 log = logging.getLogger(__name__)
 NOBLE_GASES = ("He", "Ne", "Ar", "Kr", "Xe", "Rn", "Og")
+ALL = tuple(TARGETS)
 MODULI = ("k_voigt", "k_reuss", "k_vrh", "g_voigt", "g_reuss", "g_vrh")
 MODULUS_TARGETS = tuple(name for name in TARGET_ORDER if TARGETS[name].column in MODULI)
 ROUNDING = 1e-6  # GPa; in a cubic crystal the three averages of K are one number, up to rounding
@@ -55,19 +56,19 @@ def paper_filters(settings: Mapping[str, Any]) -> Iterator[Filter]:
     low, high = settings.get("min_formation_energy"), settings.get("max_formation_energy")
     hull, modulus = settings.get("max_energy_above_hull"), settings.get("max_modulus")
     if low is not None or high is not None:
-        yield Filter("no formation energy", TARGET_ORDER, is_null("formation_energy_per_atom"))
+        yield Filter("no formation energy", ALL, is_null("formation_energy_per_atom"))
     if high is not None:
-        yield Filter("max_formation_energy", TARGET_ORDER, above("formation_energy_per_atom", high))
+        yield Filter("max_formation_energy", ALL, above("formation_energy_per_atom", high))
     if low is not None:
-        yield Filter("min_formation_energy", TARGET_ORDER, below("formation_energy_per_atom", low))
+        yield Filter("min_formation_energy", ALL, below("formation_energy_per_atom", low))
     if hull is not None:
-        yield Filter("no energy above hull", TARGET_ORDER, is_null("energy_above_hull"))
-        yield Filter("max_energy_above_hull", TARGET_ORDER, above("energy_above_hull", hull))
+        yield Filter("no energy above hull", ALL, is_null("energy_above_hull"))
+        yield Filter("max_energy_above_hull", ALL, above("energy_above_hull", hull))
     if settings.get("abx3"):
-        yield Filter("abx3", TARGET_ORDER, is_not_abx3)
+        yield Filter("abx3", ALL, is_not_abx3)
     if settings.get("exclude_noble_gases"):
-        yield Filter("exclude_noble_gases", TARGET_ORDER, has_noble_gas)
-    yield Filter("no value", TARGET_ORDER, lambda table, t: np.isnan(column_values(table, TARGETS[t].column)))
+        yield Filter("exclude_noble_gases", ALL, has_noble_gas)
+    yield Filter("no value", ALL, lambda table, t: np.isnan(column_values(table, TARGETS[t].column)))
     if settings.get("exclude_metals"):
         yield Filter("exclude_metals", ("band_gap",), lambda table, _: column_values(table, "band_gap") <= 0)
     if settings.get("positive_moduli"):
@@ -171,7 +172,7 @@ def filter_materials(
     steps = list(paper_filters(settings["filters"]))
     if settings.get("sample") is not None:
         steps.insert(
-            0, Filter("sample", TARGET_ORDER, outside_sample(materials, settings["sample"], settings["seed"]))
+            0, Filter("sample", ALL, outside_sample(materials, settings["sample"], settings["seed"]))
         )
     filters = [
         Filter(step.name, applies_to, step.removes)

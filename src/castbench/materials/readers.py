@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Source:
         columns: our column -> path in a record.
         files: entries of the manifest: path, bytes, sha256.
         download: entry of the manifest: what was asked of which database, and when.
+        labels: its own columns of labels, in place of the common ones.
     """
 
     origin: str
@@ -40,6 +41,7 @@ class Source:
     licence: str | None = None
     citation: str | None = None
     download: dict[str, Any] | None = None
+    labels: Sequence[str] | None = None
 
 
 def read_records(path: Path) -> Iterator[Record]:

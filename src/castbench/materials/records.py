@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,27 +53,33 @@ LIMITS = {
 }
 MISSING = ("", "null", "none", "na", "n/a")
 
-SCHEMA = pa.schema(
-    [
-        ("material_id", pa.string()),
-        ("formula", pa.string()),
-        (
-            "structure",
-            pa.struct(
-                [
-                    ("lattice", pa.list_(pa.float64())),
-                    ("species", pa.list_(pa.string())),
-                    ("frac_coords", pa.list_(pa.float64())),
-                ]
+
+def make_schema(labels: Iterable[str]) -> pa.Schema:
+    """Schema of materials.parquet with these columns of labels."""
+    return pa.schema(
+        [
+            ("material_id", pa.string()),
+            ("formula", pa.string()),
+            (
+                "structure",
+                pa.struct(
+                    [
+                        ("lattice", pa.list_(pa.float64())),
+                        ("species", pa.list_(pa.string())),
+                        ("frac_coords", pa.list_(pa.float64())),
+                    ]
+                ),
             ),
-        ),
-        *((label, pa.float64()) for label in LABELS),
-        ("text", pa.string()),
-        ("origin", pa.string()),
-        ("spacegroup", pa.int16()),
-        ("n_sites", pa.int32()),
-    ]
-)
+            *((label, pa.float64()) for label in labels),
+            ("text", pa.string()),
+            ("origin", pa.string()),
+            ("spacegroup", pa.int16()),
+            ("n_sites", pa.int32()),
+        ]
+    )
+
+
+SCHEMA = make_schema(LABELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +107,12 @@ class Columns:
 
     Attributes:
         mapping: our column -> path in the record; default names are tried for the others.
+        labels: columns of labels, those of LABELS unless the source has its own.
         found: columns that had a value in some record so far.
     """
 
     mapping: Mapping[str, str]
+    labels: Sequence[str] = tuple(LABELS)
     found: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -114,7 +122,7 @@ class Columns:
 
     def get(self, record: Mapping[str, Any], column: str) -> Any:
         """Look up one of our columns in a record; None where it is missing."""
-        paths = (self.mapping[column],) if column in self.mapping else COLUMNS[column]
+        paths = (self.mapping[column],) if column in self.mapping else COLUMNS.get(column, (column,))
         for path in paths:
             value = look_up(record, path)
             if value is not None:
@@ -130,7 +138,7 @@ class Columns:
         """
         crystal = read_crystal({part: self.get(record, part) for part in STRUCTURE})
         labels, invalid = {}, []
-        for label in LABELS:
+        for label in self.labels:
             given = self.get(record, label)
             labels[label] = read_label(given, label)
             if labels[label] is None and not is_missing(given):
@@ -202,16 +210,16 @@ def look_up(record: Mapping[str, Any], path: str) -> Any:
 
 
 def to_table(materials: Sequence[Material]) -> pa.Table:
-    """Pack materials into a table of SCHEMA."""
-    crystals = [material.crystal for material in materials]
+    """Pack materials, which have the same labels, into a table."""
+    crystals, labels = [material.crystal for material in materials], list(materials[0].labels)
     columns = {
         "material_id": [material.material_id for material in materials],
         "formula": [crystal.formula for crystal in crystals],
         "structure": pack_crystals(crystals),
-        **{label: [material.labels[label] for material in materials] for label in LABELS},
+        **{label: [material.labels[label] for material in materials] for label in labels},
         "text": [material.text for material in materials],
         "origin": [material.origin for material in materials],
         "spacegroup": [material.spacegroup for material in materials],
         "n_sites": [len(crystal.species) for crystal in crystals],
     }
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table(columns, schema=make_schema(labels))

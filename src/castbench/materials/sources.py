@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
+from castbench.materials.matbench import open_matbench
 from castbench.materials.materials_project import download, open_materials_project
 from castbench.materials.readers import BATCH, Source, fingerprint, read_records
-from castbench.materials.records import LABELS, SCHEMA, Columns, Material, to_table
+from castbench.materials.records import LABELS, Columns, Material, make_schema, to_table
 from castbench.materials.structures import RecordError
 from castbench.provenance import atomic_path, write_json
 
@@ -62,6 +63,7 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], Source]] = {
     "demo": open_demo,
     "local": open_local,
     "materials_project": open_materials_project,
+    "matbench": open_matbench,
 }
 
 
@@ -120,7 +122,7 @@ def collect_materials(
 
     Args:
         settings: what the source needs of the configuration: `source`, and `path` and `columns`, or
-            `snapshot`, `database_version` and `descriptions`.
+            `snapshot`, `database_version` and `descriptions`, or `files`.
         output: Parquet file to write, in the order of the source, in row groups of 1,000.
         manifest: JSON file to write: files with hashes, counts, rejected records by reason, labels by column.
         snapshot: where a download from the Materials Project is archived; beside the output if not given.
@@ -138,10 +140,10 @@ def collect_materials(
     elif snapshot:
         raise InputError(f"--snapshot {snapshot}: archives a download, and these settings need none; drop it")
     source = SOURCES[settings["source"]](settings)
-    columns, tally = Columns(source.columns), Tally()
+    columns, tally = Columns(source.columns, source.labels or tuple(LABELS)), Tally()
     materials = check_records(source, columns, tally)
     with atomic_path(output) as partial:
-        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(partial, make_schema(columns.labels), compression="zstd") as writer:
             while batch := list(islice(materials, BATCH)):
                 writer.write_table(to_table(batch))
         if not tally.read:
@@ -161,7 +163,7 @@ def collect_materials(
                     "missing": tally.missing[label],
                     "invalid": tally.invalid[label],  # among the missing
                 }
-                for label in LABELS
+                for label in columns.labels
             },
             **({"download": source.download} if source.download else {}),
         },

@@ -5,7 +5,8 @@ masks and dropout have no state of their own (schedule.py). So a checkpoint afte
 same bits.
 
 Chosen where the papers are silent: weight decay acts on weight matrices alone (not on biases, norms, LoRA);
-the norm of the gradient is clipped at 1, so that no single batch throws a run off.
+the norm of the gradient is clipped at 1, if the config says nothing else, so that no single batch throws a
+run off.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Trainer:
 
     Args:
         training: the section of the config (learning rates, weight decay, warm-up, cycles; where it has
-            `patience`, the run stops early, after that many epochs without a better validation).
+            `patience`, the run stops early, after that many epochs without a better validation; with
+            `selection` "last" the weights are those of the last epoch, and validation decides nothing).
         epochs: length of the run.
         seed: of data order, masks and dropout.
         fabric: device and precision.
@@ -151,9 +153,9 @@ class Trainer:
         seed_step(self.fabric.device, self.seed, "dropout", run.step)
         loss = self.objective.loss(self.module, rows, run.step)
         self.fabric.backward(loss)
-        self.fabric.clip_gradients(
-            self.module, self.stepper, max_norm=MAX_GRADIENT_NORM, error_if_nonfinite=False
-        )
+        longest = self.training.get("max_gradient_norm", MAX_GRADIENT_NORM)
+        if longest is not None:
+            self.fabric.clip_gradients(self.module, self.stepper, max_norm=longest, error_if_nonfinite=False)
         self.stepper.step()
         self.stepper.zero_grad()
         run.step += 1
@@ -161,7 +163,11 @@ class Trainer:
 
     def rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
-        return rate_factor(step, self.run.total, self.training["warmup_steps"], self.training["cycles"])
+        training, peak = self.training, self.training["learning_rate"]
+        schedule, final = training.get("schedule", "cosine"), training.get("final_learning_rate", 0.0)
+        return rate_factor(
+            step, self.run.total, training["warmup_steps"], training["cycles"], schedule, final / peak
+        )
 
     def close_epoch(self, epoch: int, order: tuple[Tensor, ...]) -> None:
         """Validate, record the epoch, and keep the weights if they are the best; or find the run failed."""
@@ -184,7 +190,11 @@ class Trainer:
         if not all(map(math.isfinite, row.values())):
             run.failure = Failure("validation loss", run.step - 1, rate, objective.validation)
             return
-        if all(row[objective.selects] < earlier[objective.selects] for earlier in run.history):
+        if self.training.get("selection") == "last":
+            better = run.step == run.total
+        else:
+            better = all(row[objective.selects] < earlier[objective.selects] for earlier in run.history)
+        if better:
             run.best = {name: value.clone() for name, value in self.network.trained_state().items()}
             run.best_epoch = epoch
         run.history.append(row)

@@ -48,13 +48,15 @@ class Objective(ABC):
 
 
 class Regression(Objective):
-    """A loss on standardised targets; selection by the mean absolute error on validation.
+    """A loss on standardised targets; selection by the mean absolute error on validation, where there is one.
 
     `values` (G,) are in the target's unit; mean and std are those of the training crystals alone.
+    `main` names the entry of `score` that the log shows.
     """
 
-    columns = ("validation_loss", "validation_mae")
+    columns: tuple[str, ...] = ("validation_loss", "validation_mae")
     selects = "validation_mae"
+    main = "mae"
 
     def __init__(
         self,
@@ -71,7 +73,11 @@ class Regression(Objective):
         of_train = values[train.numpy()]
         self.mean = float(of_train.mean())
         self.std = float(of_train.std()) or 1.0
-        self.targets = torch.from_numpy((values - self.mean) / self.std).float().to(crystals.device)
+        self.targets = self.scaled(values).to(crystals.device)
+
+    def scaled(self, values: np.ndarray) -> Tensor:
+        """What the network is to predict (G,), float32."""
+        return torch.from_numpy((values - self.mean) / self.std).float()
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () of a batch, on standardised targets."""
@@ -89,12 +95,63 @@ class Regression(Objective):
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss on standardised targets, and mean absolute error in the target's unit."""
+        if not len(self.validation):
+            return {}
         predicted = self.predict(network, self.validation)
         truth = self.targets[self.validation].cpu()
         return {
             "validation_loss": float(self.loss_function(torch.from_numpy(predicted), truth)),
             "validation_mae": metrics.mae(self.values[self.validation.numpy()], self.in_unit(predicted)),
         }
+
+    def score(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+        """Scores of predictions (n,) in the target's unit."""
+        return metrics.scores(truth, predicted)
+
+
+class Classification(Regression):
+    """Cross-entropy of the classes 0 and 1, unweighted; selection by it. The network predicts a logit."""
+
+    columns = ("validation_loss", "validation_accuracy")
+    selects = "validation_loss"
+    main = "roc_auc"
+
+    def __init__(
+        self,
+        crystals: Crystals,
+        values: np.ndarray,
+        train: Tensor,
+        validation: Tensor,
+        training: dict[str, Any],
+    ):
+        super().__init__(crystals, values, train, validation, training)
+        self.loss_function = functional.binary_cross_entropy_with_logits
+
+    def scaled(self, values: np.ndarray) -> Tensor:
+        """The classes (G,), float32."""
+        return torch.from_numpy(values).float()
+
+    def in_unit(self, predicted: np.ndarray) -> np.ndarray:
+        """Logits as float64 probabilities of class 1."""
+        return torch.from_numpy(predicted).double().sigmoid().numpy()
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Cross-entropy, and the share of crystals whose class is the more probable one."""
+        if not len(self.validation):
+            return {}
+        logits = torch.from_numpy(self.predict(network, self.validation))
+        truth = self.targets[self.validation].cpu()
+        right = (logits > 0) == (truth > 0.5)
+        return {
+            "validation_loss": float(self.loss_function(logits, truth)),
+            "validation_accuracy": float(right.double().mean()),
+        }
+
+    def score(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+        """Scores of probabilities (n,), with the classes cut at 0.5."""
+        from castbench.evaluation.classification import class_scores, ranking_scores  # scikit-learn
+
+        return ranking_scores(truth, predicted) | class_scores(truth, predicted > 0.5)
 
 
 class Pretraining(Objective):

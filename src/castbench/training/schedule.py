@@ -15,15 +15,21 @@ def warmup_length(total: int, warmup_steps: int) -> int:
     return min(warmup_steps, total // 10)
 
 
-def rate_factor(step: int, total: int, warmup_steps: int, cycles: int) -> float:
+def rate_factor(
+    step: int, total: int, warmup_steps: int, cycles: int, schedule: str = "cosine", final: float = 0.0
+) -> float:
     """Share in (0, 1] of the peak learning rate at `step` = 0 ... total - 1.
 
-    Linear warm-up, then `cycles` equal periods of a cosine from 1 towards 0 ("periodic cosine", CAST 5.1.3).
+    Linear warm-up, then `cycles` equal periods of a cosine from 1 towards 0 ("periodic cosine", CAST 5.1.3);
+    with the schedule "linear" a straight line from 1 towards `final` (coGN on Matbench).
     """
     warmup = warmup_length(total, warmup_steps)
     if step < warmup:
         return (step + 1) / warmup
-    place = (step - warmup) / (total - warmup) * cycles % 1.0
+    done = (step - warmup) / (total - warmup)
+    if schedule == "linear":
+        return 1 - (1 - final) * done
+    place = done * cycles % 1.0
     return 0.5 * (1 + math.cos(math.pi * place))
 
 

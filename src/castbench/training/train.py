@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from castbench.errors import InputError
-from castbench.evaluation.metrics import scores
 from castbench.labels import TARGETS
 from castbench.materials.splits import load_split
 from castbench.materials.targets import target_values
@@ -25,13 +24,14 @@ from castbench.models.base import Network
 from castbench.provenance import sha256_file
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
-from castbench.training.objectives import Regression
+from castbench.training.objectives import Classification, Regression
 from castbench.training.records import Result, failed, run_record, write_predictions, write_run
 from castbench.training.session import cost, open_session, run_key
 
 log = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
+OBJECTIVES = {"regression": Regression, "classification": Classification}
 
 
 def train_model(
@@ -81,6 +81,15 @@ def train_model(
             crystals = Crystals(network, graphs, tokens, states, fabric.device)
             data = read_data(crystals, materials, target, lists)
             record |= data.record()
+            if (
+                not lists["reason"]
+                and not lists["validation"]
+                and settings["training"].get("selection") != "last"
+            ):
+                raise InputError(
+                    f"{split}: sets nothing aside for validation, by which the weights are chosen; "
+                    "make training.selection last"
+                )
         source, lack = load_start(network, model, seed, pretrained)
         own = record | {"seed": seed, "pretrained": source}
         if lack or data.lack:
@@ -92,7 +101,7 @@ def train_model(
         folder = output / str(seed)
         write_predictions(folder, result)
         config = settings | {"model": model, "target": target, "seed": seed}
-        write_run(folder, own, config, result, Regression.columns)
+        write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
 
 
 @dataclass
@@ -136,7 +145,7 @@ def read_data(crystals: Crystals, materials: Path, target: str, lists: dict[str,
     for why, n in dropped.items():
         if n:
             log.warning("%s: %d crystals dropped, %s", target, n, why)
-    empty = [part for part in PARTS if not len(rows[part])]
+    empty = [part for part in PARTS if lists[part] and not len(rows[part])]
     lack = lists["reason"] or (f"no crystal is left in {empty[0]}" if empty else None)
     return Data(crystals, values, rows, dropped, crystals.checksums | {"split": lists["checksum"]}, lack)
 
@@ -172,9 +181,11 @@ def train_seed(
     fabric: Fabric,
     checkpoints: Path,
 ) -> Result:
-    """Train a run, then predict validation and test, once, with the best weights."""
+    """Train a run, then predict validation and test, once, with the selected weights."""
     training = settings["training"]
-    objective = Regression(data.crystals, data.values, data.rows["train"], data.rows["validation"], training)
+    objective = OBJECTIVES[TARGETS[record["target"]].task](
+        data.crystals, data.values, data.rows["train"], data.rows["validation"], training
+    )
     key = run_key(fabric, settings=settings, record=record)
     trainer = Trainer(
         network, objective, training, training["epochs"], record["seed"], fabric, checkpoints, key
@@ -187,8 +198,12 @@ def train_seed(
     predictions = {}
     for part in ("validation", "test"):
         rows = data.rows[part]
+        if not len(rows):  # a split may set nothing aside for validation
+            continue
         predicted = objective.in_unit(objective.predict(trainer.module, rows))
         predictions[part] = data.crystals.ids(rows), data.values[rows.numpy()], predicted
-        found[part] = scores(*predictions[part][1:])
-    log.info("%s, test: MAE %.4g %s", record["target"], found["test"]["mae"], record["unit"])
+        found[part] = objective.score(*predictions[part][1:])
+    log.info(
+        "%s, test: %s %s %s", record["target"], objective.main, found["test"][objective.main], record["unit"]
+    )
     return Result("finished", None, found, spent, run.history, run.best, predictions)

@@ -34,6 +34,14 @@ def test_cosine_restarts_with_every_cycle():
     assert factors[10:110] == pytest.approx(factors[110:210])
 
 
+def test_a_linear_schedule_ends_at_its_final_rate():
+    """coGN on Matbench: from 5e-4 straight to 1e-5 (Keras' polynomial decay of power 1), without warm-up."""
+    rates = [5e-4 * rate_factor(step, 800, 0, 1, "linear", 1e-5 / 5e-4) for step in range(800)]
+    assert rates == pytest.approx([(5e-4 - 1e-5) * (1 - step / 800) + 1e-5 for step in range(800)])
+    assert rate_factor(4, 100, 10, 1, "linear") == 0.5
+    assert rate_factor(55, 100, 10, 1, "linear") == 0.5
+
+
 def test_a_run_of_one_step_has_a_rate():
     assert rate_factor(0, 1, 1000, 1) == 1.0
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import signal
@@ -9,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import log_loss, roc_auc_score
 
 from castbench.errors import InputError
 from castbench.evaluation.metrics import scores
-from castbench.materials.splits import write_split
+from castbench.materials.splits import checksum, write_split
 from castbench.models import build_model
 from castbench.provenance import write_json
 from castbench.training.dataset import Crystals
@@ -206,6 +208,64 @@ def test_standardisation_is_by_the_training_part_and_errors_are_in_the_unit(data
     assert validation["validation_mae"] == pytest.approx((96.5 + 196.5) / 2)
     assert validation["validation_loss"] == pytest.approx((96.5**2 + 196.5**2) / 2)
     assert float(task.loss(Constant(), torch.tensor([0, 1]), 0)) == pytest.approx((2.5**2 + 0.5**2) / 2)
+
+
+def without_validation(data, folder):
+    """The split of the data set with its validation crystals in train."""
+    lists = json.loads((data.root / "splits" / "total_energy.json").read_text())
+    lists["train"], lists["validation"] = sorted(lists["train"] + lists["validation"]), []
+    write_json(folder / "s.json", lists | {"checksum": checksum(lists)})
+    return folder / "s.json"
+
+
+def test_the_last_epoch_is_kept_where_nothing_is_set_aside_for_validation(data, tmp_path):
+    split = without_validation(data, tmp_path)
+    linear = {"schedule": "linear", "final_learning_rate": 1e-3, "max_gradient_norm": None}
+    settings = data.settings("structure_only", selection="last", warmup_steps=0, **linear)
+    train_model(**arguments(data, "structure_only", tmp_path / "run", split=split, settings=settings))
+    found, history = record(tmp_path / "run" / "0"), pd.read_csv(tmp_path / "run" / "0" / "history.csv")
+    assert found["n"] == {"train": 33, "validation": 0, "test": 6}
+    assert (found["best_epoch"], found["validation"]) == (3, None)
+    assert found["test"]["mae"] > 0
+    assert history["validation_mae"].isna().all()
+    assert history["learning_rate"].tolist() == pytest.approx(
+        [1e-2 - (1e-2 - 1e-3) * (5 * epoch - 1) / 20 for epoch in (1, 2, 3, 4)]
+    )
+    assert set(pd.read_parquet(tmp_path / "run" / "0" / "predictions.parquet")["split"]) == {"test"}
+
+
+def test_the_last_epoch_is_kept_whatever_validation_says(data, tmp_path, monkeypatch):
+    epochs = itertools.count()
+    monkeypatch.setattr(Regression, "validate", lambda *_: dict.fromkeys(Regression.columns, next(epochs)))
+    for selection in ("best", "last"):
+        settings = data.settings("structure_only", selection=selection)
+        train_model(**arguments(data, "structure_only", tmp_path / selection, settings=settings))
+    best, last = record(tmp_path / "best" / "0"), record(tmp_path / "last" / "0")
+    assert (best["best_epoch"], last["best_epoch"]) == (0, 3)
+    assert best["test"]["mae"] != last["test"]["mae"]
+
+
+def test_selection_by_validation_needs_some(data, tmp_path):
+    with pytest.raises(InputError, match="sets nothing aside for validation"):
+        train_model(**arguments(data, "structure_only", tmp_path, split=without_validation(data, tmp_path)))
+
+
+def test_a_classification_predicts_probabilities(data, tmp_path):
+    ids = pq.read_table(data.root / "materials.parquet")["material_id"].to_pylist()
+    classes = [float(i % 3 == 0) for i in range(len(ids))]
+    table = pa.table({"material_id": ids, "matbench_mp_is_metal": classes})
+    pq.write_table(table, tmp_path / "materials.parquet")
+    changes = {"target": "matbench_mp_is_metal.fold_2", "materials": tmp_path / "materials.parquet"}
+    train_model(**arguments(data, "structure_only", tmp_path, **changes))
+    found, rows = record(tmp_path / "0"), pd.read_parquet(tmp_path / "0" / "predictions.parquet")
+    assert rows["y_pred"].between(0, 1).all() and set(rows["y_true"]) == {0.0, 1.0}
+    tested = rows[rows["split"] == "test"]
+    assert found["test"]["roc_auc"] == roc_auc_score(tested["y_true"], tested["y_pred"])
+    assert found["test"]["accuracy"] == ((tested["y_pred"] > 0.5) == (tested["y_true"] > 0.5)).mean()
+    history = pd.read_csv(tmp_path / "0" / "history.csv")
+    assert history["validation_loss"].idxmin() == found["best_epoch"]
+    chosen = rows[rows["split"] == "validation"]
+    assert history["validation_loss"].min() == pytest.approx(log_loss(chosen["y_true"], chosen["y_pred"]))
 
 
 def test_a_target_with_too_few_crystals_is_skipped(data, tmp_path):
