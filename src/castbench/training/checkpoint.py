@@ -34,8 +34,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `KEPT` ones.
 
-    The file is written under another name, synced and renamed, so a kill or a full disk leaves the old ones or
-    the new one.
+    The file is written under another name, synced and renamed, so a kill leaves the old ones or the new one.
 
     Raises:
         InputError: the disk is full; the older checkpoints are as they were.

@@ -11,17 +11,20 @@ import torch
 from torch.nn import functional
 
 from castbench.compositions.magpie import featurize_compositions
+from castbench.config import COMPOSITION_MODELS
 from castbench.errors import InputError
-from castbench.models import build_composition_model
+from castbench.models import COMPOSITION_REGISTRY, build_composition_model
 from castbench.models.composition import Compositions
 from castbench.training.baselines import fit_baseline
 from castbench.training.compositions import read_compositions, train_compositions
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask, class_weights, focal_loss
 from composition_data import aggregated, rows, split
+from training_jobs import killed_and_unbroken
 
 ARCHITECTURE = {
     "edm_transformer": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
+    "crabnet": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
     "random_forest": {"trees": 10},
 }
 TRAINING: dict[str, Any] = {
@@ -164,6 +167,25 @@ def test_the_same_seed_gives_the_same_bits(folder: Path, tmp_path: Path):
         assert (tmp_path / "a" / "0" / name).read_bytes() == (tmp_path / "b" / "0" / name).read_bytes()
     first, second = (tmp_path / "a" / seed / "model.safetensors" for seed in ("0", "1"))
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.parametrize("model", COMPOSITION_REGISTRY)
+def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(
+    folder: Path, tmp_path: Path, model: str
+):
+    loss = COMPOSITION_MODELS[model][1]
+
+    def command(output: Path) -> list[str]:
+        return [
+            "train_compositions", "--model", model, "--settings", json.dumps(settings(loss)), "--seeds", "0",
+            "--compositions", f"{folder}/compositions.parquet", "--split", f"{folder}/split.json",
+            "--output", str(output), "--threads", "1",
+        ]  # fmt: skip
+
+    killed, unbroken = killed_and_unbroken(command, tmp_path, "0", 12)
+    assert len(unbroken) == 5 and killed == unbroken
+    found = json.loads(killed["metrics.json"])
+    assert (found["status"], found["steps"]) == ("finished", 12)
 
 
 def test_a_formula_with_more_elements_than_slots_is_refused(folder: Path):

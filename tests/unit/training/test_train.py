@@ -8,27 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from castbench.errors import InputError
 from castbench.evaluation.metrics import scores
 from castbench.materials.splits import write_split
-from castbench.models import build_model
+from castbench.models import REGISTRY, build_model
 from castbench.provenance import write_json
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import Regression
 from castbench.training.train import train_model
-from training_jobs import bytes_of, run_job
+from training_jobs import bytes_of, killed_and_unbroken, run_job
 
-MODELS = [
-    "structure_only",
-    "text_only",
-    "crysmmnet_frozen",
-    "crysmmnet_lora",
-    "multimat",
-    "cast_scratch",
-    "cast",
-]
 STEPS = 16  # of a run: 4 epochs of 27 crystals, 8 a batch
 
 
@@ -36,39 +27,23 @@ def record(run):
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def pretrained(data):
-    """The data set with both pretrainings, seeds 0 to 2."""
-    for objective in ("masked_node", "contrastive"):
-        folder = data.root / "pretrain" / objective
-        assert run_job(data.pretrain(objective, folder / "0")) == 0
-        for seed in ("1", "2"):
-            shutil.copytree(folder / "0", folder / seed)
-    return data
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_killed_at_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(pretrained, tmp_path, model):
-    unbroken, killed = (
-        pretrained.train(model, tmp_path / "a" / model),
-        pretrained.train(model, tmp_path / "b" / model),
+@pytest.mark.parametrize("model", REGISTRY)
+def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(
+    pretrained, tmp_path, model
+):
+    killed, unbroken = killed_and_unbroken(
+        lambda folder: pretrained.train(model, folder), tmp_path, "0", STEPS
     )
-    assert run_job(unbroken) == 0
-    for stop in np.random.default_rng(MODELS.index(model)).integers(2, 6, 3).tolist():
-        assert run_job(killed, interval=0, stop=stop) == -signal.SIGKILL
-        assert not (tmp_path / "b" / model / "0" / "metrics.json").exists()
-    assert run_job(killed, interval=0) == 0
-    expected = bytes_of(tmp_path / "a" / model / "0")
-    assert set(expected) == {
+    assert set(unbroken) == {
         "config.json",
         "history.csv",
         "metrics.json",
         "model.safetensors",
         "predictions.parquet",
     }
-    assert bytes_of(tmp_path / "b" / model / "0") == expected
+    assert killed == unbroken
 
-    found = record(tmp_path / "b" / model / "0")
+    found = json.loads(killed["metrics.json"])
     assert (found["status"], found["steps"], found["epochs"]) == ("finished", STEPS, 4)
     assert found["n"] == {"train": 27, "validation": 6, "test": 6} and found["n_dropped"]["no graph"] == 1
     lora, text = model in ("text_only", "crysmmnet_lora"), model not in ("structure_only", "multimat")
@@ -78,7 +53,7 @@ def test_killed_at_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(pr
         "multimat": "contrastive",
         "cast": "masked_node",
     }.get(model)
-    weights = load_file(tmp_path / "b" / model / "0" / "model.safetensors")
+    weights = load(killed["model.safetensors"])
     assert sum(value.numel() for value in weights.values()) == found["parameters"]["trainable"]
     assert (found["parameters"]["trainable"] < found["parameters"]["total"]) == lora
 
