@@ -1,9 +1,11 @@
 """A verb in a process of its own, which can be stopped at a step; forked from a server that has torch."""
 
+import json
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,28 +15,10 @@ from unittest import mock
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [f"castbench.training.{verb}" for verb in ("train", "pretrain", "compositions")]
-    + [
-        f"castbench.models.{module}"
-        for module in (
-            "cogn",
-            "concat",
-            "contrastive",
-            "crabnet",
-            "cross_attention",
-            "edm_transformer",
-            "text",
-        )
-    ]
-    + [
-        "castbench.cli",
-        "castbench.models.edm_transformer",
-        "castbench.text.encoders",
-        "peft",
-        "torch._dynamo",
-    ]
+    + [f"castbench.models.{idea}" for idea in ("cogn", "concat", "contrastive", "cross_attention", "text")]
+    + [f"castbench.models.{idea}" for idea in ("crabnet", "edm_transformer")]
+    + ["castbench.cli", "castbench.text.encoders", "peft", "torch._dynamo"]
 )
-
-
 KILLS, KILLED = 10, -signal.SIGKILL
 
 
@@ -78,7 +62,10 @@ def _kill_at(point: int) -> None:
     Path.write_bytes = write_bytes  # type: ignore[method-assign,assignment]
 
 
-def _job(arguments: list[str], interval: float, stop: int, number: int, point: int) -> None:
+def _job(
+    arguments: list[str], interval: float, stop: int, number: int, point: int, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     os.environ["GIT_DIR"] = os.devnull  # the commit in metrics.json must not change while the tests run
     from castbench import cli
     from castbench.training import loop
@@ -100,6 +87,23 @@ def _job(arguments: list[str], interval: float, stop: int, number: int, point: i
     raise SystemExit(cli.main(arguments))
 
 
+def _start(arguments: list[str], *options: Any) -> Any:
+    process = SERVER.Process(target=_job, args=(arguments, *options))
+    # Python 3.11's server ignores sys.path, and then silently preloads nothing.
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, environment):
+        process.start()
+    return process
+
+
+def _exit_status(process: Any) -> int:
+    process.join(300)  # importing torch on a busy machine takes a minute
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("the job hangs")
+    return process.exitcode
+
+
 def run_job(
     arguments: list[str], interval: float = 30.0, stop: int = 0, number: int = signal.SIGKILL, point: int = 0
 ) -> int:
@@ -108,14 +112,33 @@ def run_job(
     With `point`, it is killed at that event, see `_kill_at`.
     Returns its exit status, negative for the signal that ended it.
     """
-    process = SERVER.Process(target=_job, args=(arguments, interval, stop, number, point))
-    # Python 3.11's server ignores sys.path, and then silently preloads nothing.
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with mock.patch.dict(os.environ, environment):
-        process.start()
-    process.join(300)  # importing torch on a busy machine takes a minute
-    assert process.exitcode is not None, "the job hangs"
-    return process.exitcode
+    return _exit_status(_start(arguments, interval, stop, number, point, {}))
+
+
+def run_together(
+    commands: list[list[str]], interval: float = 30.0, stop: int = 0, number: int = signal.SIGKILL
+) -> list[int]:
+    """Run a verb as processes that train together; the last of them gets the signal. See `run_job`."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank, arguments in enumerate(commands):
+        last = rank + 1 == len(commands)
+        place = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(_start(arguments, interval, stop * last, number, 0, place))
+    return [_exit_status(process) for process in processes]
+
+
+def words(verb: str, **arguments: Any) -> list[str]:
+    """A command line."""
+    line = [verb]
+    for name, value in arguments.items():
+        text = (
+            [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        )
+        line += [f"--{name}", *map(str, text)]
+    return line
 
 
 def killed_and_unbroken(

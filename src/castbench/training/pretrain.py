@@ -88,7 +88,8 @@ def pretrain_model(
     else:
         result = Result("skipped", "no target has enough crystals")
         log.warning("%s, seed %d: skipped, %s", objective, seed, result.reason)
-    write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
+    if fabric.is_global_zero:
+        write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
 
 
 def run_objective(

@@ -89,10 +89,11 @@ def train_model(
         else:
             log.info("%s, %s, seed %d: %s", model, target, seed, record["n"])
             result = train_seed(network, data, own, settings, fabric, output / "checkpoints" / str(seed))
-        folder = output / str(seed)
-        write_predictions(folder, result)
-        config = settings | {"model": model, "target": target, "seed": seed}
-        write_run(folder, own, config, result, Regression.columns)
+        if fabric.is_global_zero:
+            folder = output / str(seed)
+            write_predictions(folder, result)
+            config = settings | {"model": model, "target": target, "seed": seed}
+            write_run(folder, own, config, result, Regression.columns)
 
 
 @dataclass

@@ -19,26 +19,9 @@ from castbench.training.baselines import fit_baseline
 from castbench.training.compositions import read_compositions, train_compositions
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask, class_weights, focal_loss
-from composition_data import aggregated, rows, split
+from composition_data import ARCHITECTURE, TRAINING, aggregated, rows, split
+from composition_data import composition_settings as settings
 from training_jobs import killed_and_unbroken
-
-ARCHITECTURE = {
-    "edm_transformer": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
-    "crabnet": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
-    "random_forest": {"trees": 10},
-}
-TRAINING: dict[str, Any] = {
-    "epochs": 4, "patience": None, "batch_size": 8, "learning_rate": 1e-3, "encoder_learning_rate": 1e-4,
-    "weight_decay": 1e-2, "warmup_steps": 1000, "cycles": 1, "task_weights": "sum", "precision": "32-true",
-    "device": "cpu", "threads": 1,
-}  # fmt: skip
-
-
-def settings(loss: str = "inverse_frequency", **training: Any) -> dict[str, Any]:
-    return {
-        "dataset": "invented", "max_elements": 4, "regression": ["band_gap"], "loss": loss,
-        "classification": {"stability": 0.0}, "architecture": ARCHITECTURE, "training": TRAINING | training,
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
