@@ -116,16 +116,28 @@ def run_job(
 
 
 def run_together(
-    commands: list[list[str]], interval: float = 30.0, stop: int = 0, number: int = signal.SIGKILL
+    commands: list[list[str]],
+    interval: float = 30.0,
+    stop: int = 0,
+    number: int = signal.SIGKILL,
+    slurm: bool = False,
 ) -> list[int]:
-    """Run a verb as processes that train together; the last of them gets the signal. See `run_job`."""
+    """Run a verb as processes that train together; the last of them gets the signal. See `run_job`.
+
+    With `slurm`, their environment is that of srun with a process on each node.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     processes = []
     for rank, arguments in enumerate(commands):
         last = rank + 1 == len(commands)
-        place = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place = {"LOCAL_RANK": str(rank)}
+        if slurm:
+            place = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"}
+            place |= {"SLURM_NTASKS": str(len(commands)), "SLURM_NTASKS_PER_NODE": "1"}
+            place |= {"SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(_start(arguments, interval, stop * last, number, 0, place))
     return [_exit_status(process) for process in processes]
 

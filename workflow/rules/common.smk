@@ -38,7 +38,9 @@ except InputError as error:
 shell.prefix(f"set -euo pipefail; export PYTHONHASHSEED=0 PYTHONPATH={sys.path[0]}; ")
 
 # No two jobs on one GPU, also without a profile; a profile or --resources gpu=N raises it.
-workflow.global_resources.setdefault("gpu", 1)
+workflow.global_resources.setdefault(
+    "gpu", config["training"]["num_nodes"] * config["training"]["devices"]
+)
 
 RUN_FILES = [
     "metrics.json",
@@ -105,6 +107,15 @@ COMPOSITION_FIGURES = {
     "hidden_compounds": "Hidden stable compounds found by the screening",
 }
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
+# A training job may have several, over several nodes, where Slurm starts its processes.
+NODES = config["training"]["num_nodes"]
+TRAINING_GPUS = GPUS * NODES * config["training"]["devices"]
+LAUNCHER = (
+    f"srun --overlap --nodes={NODES} --ntasks-per-node={config['training']['devices']}"
+    f" --cpus-per-task={config['training']['threads']} "
+    if NODES > 1
+    else ""
+)
 ENCODER = str(meaning.encoder_folder(config))
 SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in config["targets"]]
 SHARDS = range(config["text"]["shards"])

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning_fabric.strategies import DDPStrategy
 
+from castbench.errors import InputError
 from castbench.provenance import hardware, sha256_json
 
 log = logging.getLogger(__name__)
@@ -31,15 +36,23 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
 
     The order in which the CPU adds up depends on the number of threads, so the config decides it, not the
     number of cores that the scheduler happened to have (`threads`).
+
+    Raises:
+        InputError: there are several nodes, and no scheduler that started a process on each.
     """
-    wanted = training["threads"]
-    if threads < wanted:
-        log.warning("training.threads: %d, but the job has %d cores; it will be slow", wanted, threads)
+    wanted, devices, nodes = training["threads"], training.get("devices", 1), training.get("num_nodes", 1)
+    if threads < wanted * devices:
+        log.warning(
+            "training.threads: %d, but the job has %d cores; it will be slow", wanted * devices, threads
+        )
+    if nodes > 1 and not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect()):
+        raise InputError(
+            f"training.num_nodes: {nodes}, but nothing started a process on each; use srun or torchrun"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    devices, nodes = training.get("devices", 1), training.get("num_nodes", 1)
     choice: dict[str, Any] = {"accelerator": training["device"], "precision": training["precision"]}
     if devices * nodes > 1:
         choice["strategy"] = DDPStrategy(broadcast_buffers=False)  # no model has one that changes

@@ -14,6 +14,7 @@ import torch
 
 from castbench.errors import InputError
 from castbench.models import OBJECTIVES
+from castbench.training.session import open_session
 from castbench.training.share import Share
 from composition_data import aggregated, composition_settings, rows, split
 from training_jobs import bytes_of, run_job, run_together, words
@@ -122,6 +123,20 @@ def test_the_command_starts_its_processes_itself(data, tmp_path):
     assert ended.stderr.count("2 processes train together") == 1
     assert run_job(steady(data.train("structure_only", tmp_path / "one", epochs=1))) == 0
     compare(tmp_path / "two" / "0", tmp_path / "one" / "0")
+
+
+def test_processes_of_two_nodes_that_srun_started_train_together(data, tmp_path):
+    nodes: dict[str, Any] = {"num_nodes": 2, "epochs": 1}
+    assert run_job(steady(data.train("structure_only", tmp_path / "one", epochs=1))) == 0
+    commands = [steady(data.train("structure_only", tmp_path / name, **nodes)) for name in ("two", "nothing")]
+    assert run_together(commands, slurm=True) == [0, 0]
+    compare(tmp_path / "two" / "0", tmp_path / "one" / "0")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_several_nodes_without_a_scheduler_are_refused():
+    with pytest.raises(InputError, match=r"num_nodes: 2, but nothing started a process on each; use srun"):
+        open_session({"threads": 1, "num_nodes": 2}, 1)
 
 
 def test_parts_make_up_the_batch_and_a_small_one_is_refused():
