@@ -49,6 +49,7 @@ RUN_FILES = [
     "history.csv",
     "predictions.parquet",
     "model.safetensors",
+    "README.md",
 ]
 PRETRAINING_FILES = [file for file in RUN_FILES if file != "predictions.parquet"]
 TABLES = [

@@ -26,7 +26,14 @@ from castbench.provenance import sha256_file
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import Regression
-from castbench.training.records import Result, failed, run_record, write_predictions, write_run
+from castbench.training.records import (
+    Result,
+    encoder_record,
+    failed,
+    run_record,
+    write_predictions,
+    write_run,
+)
 from castbench.training.session import cost, open_session, run_key
 
 log = logging.getLogger(__name__)
@@ -80,7 +87,7 @@ def train_model(
         if data is None:
             crystals = Crystals(network, graphs, tokens, states, fabric.device)
             data = read_data(crystals, materials, target, lists)
-            record |= data.record()
+            record |= data.record() | {"text_encoder": encoder_record(network, encoder)}
         source, lack = load_start(network, model, seed, pretrained)
         own = record | {"seed": seed, "pretrained": source}
         if lack or data.lack:

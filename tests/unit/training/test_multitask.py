@@ -1,6 +1,7 @@
 """Losses by hand, missing values, task weights, and runs that stop early and resume to the same bits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from castbench.compositions.magpie import featurize_compositions
 from castbench.config import COMPOSITION_MODELS
 from castbench.errors import InputError
+from castbench.evaluation.compositions import number_table, read_runs
 from castbench.models import COMPOSITION_REGISTRY, build_composition_model
 from castbench.models.composition import Compositions
 from castbench.training.baselines import fit_baseline
@@ -143,6 +145,25 @@ def test_a_run_stops_when_validation_no_longer_improves(folder: Path, tmp_path: 
     assert again == record  # from its last checkpoint, without another step
 
 
+def test_a_failed_run_says_where_and_enters_no_mean(folder: Path, tmp_path: Path):
+    runs = tmp_path / "composition_runs" / "edm_transformer"
+    good = train(folder, runs)
+    train(folder, tmp_path / "failed", learning_rate=1e38, encoder_learning_rate=1e38)
+    shutil.move(tmp_path / "failed" / "0", runs / "1")
+    found = json.loads((runs / "1" / "metrics.json").read_text())
+    assert found["status"] == "failed" and "is not finite at step" in found["reason"]
+    assert found["failure"]["learning_rate"] > 1e36 and 0 < len(found["failure"]["material_ids"]) <= 8
+    assert len(pd.read_parquet(runs / "1" / "predictions.parquet")) == 0
+    chosen = settings() | {"models": ["edm_transformer"], "structure_models": [], "seeds": [0, 1]}
+    (row,) = (
+        number_table(read_runs(chosen, tmp_path), chosen)
+        .query("model == 'edm_transformer'")
+        .to_dict("records")
+    )
+    assert (row["finished"], row["expected"]) == (1, 2)
+    assert row["mae_mean"] == good["scores"]["band_gap"]["test"]["mae"]
+
+
 def test_the_same_seed_gives_the_same_bits(folder: Path, tmp_path: Path):
     train(folder, tmp_path / "a", seeds=[1, 0])
     train(folder, tmp_path / "b", seeds=[0])
@@ -166,7 +187,7 @@ def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_on
         ]  # fmt: skip
 
     killed, unbroken = killed_and_unbroken(command, tmp_path, "0", 12)
-    assert len(unbroken) == 5 and killed == unbroken
+    assert len(unbroken) == 6 and killed == unbroken
     found = json.loads(killed["metrics.json"])
     assert (found["status"], found["steps"]) == ("finished", 12)
 

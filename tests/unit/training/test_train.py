@@ -35,6 +35,7 @@ def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_on
         lambda folder: pretrained.train(model, folder), tmp_path, "0", STEPS
     )
     assert set(unbroken) == {
+        "README.md",
         "config.json",
         "history.csv",
         "metrics.json",
@@ -53,6 +54,7 @@ def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_on
         "multimat": "contrastive",
         "cast": "masked_node",
     }.get(model)
+    assert (found["text_encoder"] is None) == (not text)
     weights = load(killed["model.safetensors"])
     assert sum(value.numel() for value in weights.values()) == found["parameters"]["trainable"]
     assert (found["parameters"]["trainable"] < found["parameters"]["total"]) == lora
@@ -106,13 +108,16 @@ def test_changed_settings_start_anew(data, tmp_path):
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path):
     output = tmp_path / "structure_only"
-    assert run_job(data.train("structure_only", output, seeds=(0, 1), learning_rate=1e38)) == 0
+    log = ["--log", str(tmp_path / "log")]
+    assert run_job([*data.train("structure_only", output, seeds=(0, 1), learning_rate=1e38), *log]) == 0
     found = record(output / "1")
     assert found["status"] == "failed" and found["test"] is None
     assert found["reason"] == "training loss is not finite at step 1"
     assert found["failure"]["step"] == 1 and found["failure"]["learning_rate"] > 1e37
     assert 0 < len(found["failure"]["material_ids"]) <= 8
     assert set(found["failure"]["material_ids"]) <= {f"m-{i}" for i in range(28)}
+    line = f"learning rate {found['failure']['learning_rate']:.3g}; the run stops. Its batch: "
+    assert line + ", ".join(found["failure"]["material_ids"]) in (tmp_path / "log").read_text()
     assert len(pd.read_parquet(output / "1" / "predictions.parquet")) == 0
     assert load_file(output / "1" / "model.safetensors") == {}
     assert list(pd.read_csv(output / "1" / "history.csv").columns) == [
