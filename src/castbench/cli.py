@@ -39,6 +39,7 @@ VERBS = {
     "plot_attention": "castbench.report.attention",
     "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
+    "predict": "castbench.evaluation.predict",
     "explain": "castbench.report.explain",
     "collect_compositions": "castbench.compositions.collect",
     "aggregate_compositions": "castbench.compositions.collect",
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
             kind = dict
         required = default is inspect.Parameter.empty
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            parser.add_argument(name, type=kind, metavar=name.upper())
+            parser.add_argument(name, type=kind, metavar=name.upper(), nargs="+" if many else None)
             continue
         parser.add_argument(
             f"--{name.replace('_', '-')}",

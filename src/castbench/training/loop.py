@@ -209,7 +209,8 @@ class Trainer:
         """Make the new ones of the epoch's losses, up to `end`, the mean of all processes."""
         if self.hosts is not None and self.meant < end:
             losses = self.run.losses[self.meant : end]
-            losses.copy_(self.fabric.all_gather(losses.clone()).mean(dim=0))
+            every: Any = self.fabric.all_gather(losses.clone())
+            losses.copy_(every.mean(dim=0))
         self.meant = end % self.run.steps
 
     def due(self, terminated: threading.Event) -> bool:
@@ -259,7 +260,8 @@ class Trainer:
             found = read_checkpoint(self.folder, self.key)
         if self.hosts is not None:
             step = torch.tensor(found[1]["step"] if found else -1, device=self.fabric.device)
-            if (self.fabric.all_gather(step) != step).any():
+            steps: Any = self.fabric.all_gather(step)
+            if (steps != step).any():
                 raise InputError(
                     f"{self.folder}: not the same on all nodes; put results/ on a disk that all share"
                 )
