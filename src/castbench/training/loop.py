@@ -80,6 +80,9 @@ class Trainer:
         fabric: device and precision.
         folder: where checkpoints go.
         key: hash of all that the run is a function of; a checkpoint with another one is not continued.
+
+    Raises:
+        InputError: several processes cannot share the batches of this network.
     """
 
     def __init__(
@@ -95,6 +98,11 @@ class Trainer:
     ):
         self.network, self.objective, self.training, self.epochs = network, objective, training, epochs
         self.seed, self.fabric, self.folder, self.key = seed, fabric, folder, key
+        if fabric.world_size > 1 and any("running_mean" in name for name, _ in network.named_buffers()):
+            raise InputError(
+                "training.devices: batch normalisation, which this structure encoder has, needs the whole "
+                "batch in one process; make devices and num_nodes 1"
+            )
         self.optimizer = make_optimizer(network, training)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
