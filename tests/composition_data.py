@@ -3,12 +3,32 @@
 import csv
 import itertools
 from pathlib import Path
+from typing import Any
 
 from castbench.compositions.collect import aggregate_compositions, collect_compositions
 from castbench.compositions.splits import split_compositions
 
 CATIONS_A, CATIONS_B, ANIONS = ("Cs", "Rb", "K", "Ba"), ("Sn", "Ca", "Ti"), ("O", "Cl", "Br")
 CLASSES = {"stability": 0.0}
+
+ARCHITECTURE = {
+    "edm_transformer": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
+    "crabnet": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
+    "random_forest": {"trees": 10},
+}
+TRAINING: dict[str, Any] = {
+    "epochs": 4, "patience": None, "batch_size": 8, "learning_rate": 1e-3, "encoder_learning_rate": 1e-4,
+    "weight_decay": 1e-2, "warmup_steps": 1000, "cycles": 1, "task_weights": "sum", "precision": "32-true",
+    "device": "cpu", "threads": 1,
+}  # fmt: skip
+
+
+def composition_settings(loss: str = "inverse_frequency", **training: Any) -> dict[str, Any]:
+    """Settings of a small model on `rows`."""
+    return {
+        "dataset": "invented", "max_elements": 4, "regression": ["band_gap"], "loss": loss,
+        "classification": {"stability": 0.0}, "architecture": ARCHITECTURE, "training": TRAINING | training,
+    }  # fmt: skip
 
 
 def rows() -> list[dict[str, str]]:

@@ -43,6 +43,7 @@ VERBS = {
     "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
     "render_matbench_report": "castbench.report.matbench",
+    "predict": "castbench.evaluation.predict",
     "explain": "castbench.report.explain",
     "collect_compositions": "castbench.compositions.collect",
     "aggregate_compositions": "castbench.compositions.collect",
@@ -58,6 +59,7 @@ VERBS = {
     "plot_compositions": "castbench.report.composition_figures",
     "render_composition_report": "castbench.report.composition_html",
 }
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of a process, where there are several
 ONLINE = ("prefetch_encoder",)  # the verbs that ask the Hugging Face Hub
 log = logging.getLogger("castbench")
 
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
             kind = dict
         required = default is inspect.Parameter.empty
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            parser.add_argument(name, type=kind, metavar=name.upper())
+            parser.add_argument(name, type=kind, metavar=name.upper(), nargs="+" if many else None)
             continue
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -100,11 +102,16 @@ def add_arguments(parser: argparse.ArgumentParser, function: Callable[..., None]
 
 
 def configure_logging(file: Path | None) -> None:
-    """Log to `file`, and only warnings to standard error; without a file, everything to standard error."""
+    """Log to `file`, and only warnings to standard error; without a file, everything to standard error.
+
+    Of processes that train together, the first alone: the others say what it says.
+    """
+    first = not any(int(os.environ.get(name, "0")) for name in RANKS)
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    terminal.setLevel(logging.INFO if first else logging.ERROR)
     handlers: list[logging.Handler] = [terminal]
-    if file is not None:
+    if file is not None and first:
         file.parent.mkdir(parents=True, exist_ok=True)
         written = logging.FileHandler(file, mode="w", encoding="utf-8")
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -25,6 +25,8 @@ OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
     "masked_node": (("cogn", "cross_attention"), "choice"),
     "contrastive": (("cogn", "contrastive"), "frozen"),
 }
+# keys of `training` that the composition study shares
+DEVICE_KEYS = ("precision", "device", "devices", "num_nodes", "threads")
 # model of the composition study: (sizes under `compositions`, loss of its classifications)
 COMPOSITION_MODELS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "baseline": ((), None),
@@ -248,7 +250,7 @@ def composition_settings(model: str, config: Config) -> Config:
     found |= {"dataset": config["dataset"], "model": model, "loss": loss}
     found["architecture"] = {name: section[name] for name in sizes}
     if loss:
-        shared = {key: config["training"][key] for key in ("precision", "device", "threads")}
+        shared = {key: config["training"][key] for key in DEVICE_KEYS}
         found["training"] = section["training"] | shared
     return found
 

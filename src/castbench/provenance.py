@@ -16,6 +16,7 @@ from typing import Any
 from castbench.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP)  # what a file system says that does not sync folders
 
 PACKAGES = (
     "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
@@ -28,6 +29,8 @@ PACKAGES = (
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path to write to; synced, it takes the name `path` only if the block succeeds.
 
+    The folder is synced too, so that the new name outlives a machine that loses its power.
+
     Raises:
         InputError: the disk is full, a quota or a limit reached.
     """
@@ -38,6 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -45,6 +49,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({what}); make space and start again") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the file system offers that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_SYNCED:
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,8 +1,10 @@
 """Files are whole or absent, and hashes say what they are made from."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
         raise RuntimeError
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_file_and_name_are_synced_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def syncing(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def renaming(self: Path, target: Path) -> Path:
+        done.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", renaming)
+    provenance.write_json(tmp_path / "a.json", {"a": 1})
+    assert done == ["file", "name", "folder"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EINVAL, "invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    provenance.sync_folder(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")

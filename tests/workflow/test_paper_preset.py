@@ -87,3 +87,17 @@ def test_without_a_network_one_line_says_where_the_encoder_comes_from(bare: Path
     assert "run the rule prefetch_encoder where there is a network, such as a login node" in lines[0]
     assert "copy the folder results/encoders/matscibert here" in lines[0]
     assert not (bare / "results/encoders/matscibert").exists()
+
+
+def test_a_training_on_several_gpus_and_nodes_asks_for_all_of_them(bare: Path, snakemake):
+    overlay = bare / "gpus.yaml"
+    overlay.write_text("training: {devices: 4, num_nodes: 2}\n")
+    ended = snakemake(bare, "-n", "-p", *PRESET, str(overlay))
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    for rule in ("train_model", "pretrain_model"):
+        resources = re.findall(rf"^rule {rule}:\n(?:    .*\n)*?    resources: (.*)$", ended.stdout, re.M)
+        assert resources and all("gpu=8, nodes=2" in found for found in resources)
+    launcher = "srun --overlap --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "
+    assert f"{launcher}python -m castbench train_model" in ended.stdout
+    (states,) = re.findall(r"^rule embed_text:\n(?:    .*\n)*?    resources: (.*)$", ended.stdout, re.M)
+    assert "gpu=1" in states

@@ -38,7 +38,9 @@ except InputError as error:
 shell.prefix(f"set -euo pipefail; export PYTHONHASHSEED=0 PYTHONPATH={sys.path[0]}; ")
 
 # No two jobs on one GPU, also without a profile; a profile or --resources gpu=N raises it.
-workflow.global_resources.setdefault("gpu", 1)
+workflow.global_resources.setdefault(
+    "gpu", config["training"]["num_nodes"] * config["training"]["devices"]
+)
 
 RUN_FILES = [
     "metrics.json",
@@ -47,6 +49,7 @@ RUN_FILES = [
     "history.csv",
     "predictions.parquet",
     "model.safetensors",
+    "README.md",
 ]
 PRETRAINING_FILES = [file for file in RUN_FILES if file != "predictions.parquet"]
 TABLES = [
@@ -105,6 +108,15 @@ COMPOSITION_FIGURES = {
     "hidden_compounds": "Hidden stable compounds found by the screening",
 }
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
+# A training job may have several, over several nodes, where Slurm starts its processes.
+NODES = config["training"]["num_nodes"]
+TRAINING_GPUS = GPUS * NODES * config["training"]["devices"]
+LAUNCHER = (
+    f"srun --overlap --nodes={NODES} --ntasks-per-node={config['training']['devices']}"
+    f" --cpus-per-task={config['training']['threads']} "
+    if NODES > 1
+    else ""
+)
 ENCODER = str(meaning.encoder_folder(config))
 TARGETS = meaning.run_targets(config)
 SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in TARGETS]

@@ -157,16 +157,18 @@ rule train_compositions:
     retries: 1
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"]
+    threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
-        gpu=GPUS,
+        gpu=TRAINING_GPUS,
+        nodes=NODES,
     params:
+        launcher=LAUNCHER,
         settings=lambda wildcards: json.dumps(
             meaning.composition_settings(wildcards.network, config)
         ),
         seeds=config["training"]["seeds"],
     shell:
-        "python -m castbench train_compositions --settings {params.settings:q} --model {wildcards.network}"
+        "{params.launcher}python -m castbench train_compositions --settings {params.settings:q} --model {wildcards.network}"
         " --seeds {params.seeds} --compositions {input.compositions} --split {input.split} --threads {threads}"
         " --output results/{wildcards.dataset}/composition_runs/{wildcards.network} --log {log}"
 

@@ -24,17 +24,19 @@ rule pretrain_model:
     retries: 1
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"]
+    threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
-        gpu=GPUS,
+        gpu=TRAINING_GPUS,
+        nodes=NODES,
     params:
+        launcher=LAUNCHER,
         settings=lambda wildcards: json.dumps(
             meaning.pretraining_settings(wildcards.objective, config)
         ),
         states=lambda wildcards: states_option(wildcards.objective, wildcards),
         encoder=ENCODER,
     shell:
-        "python -m castbench pretrain_model --settings {params.settings:q} --objective {wildcards.objective}"
+        "{params.launcher}python -m castbench pretrain_model --settings {params.settings:q} --objective {wildcards.objective}"
         " --seed {wildcards.seed} --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens"
         " {params.states} --encoder {params.encoder:q} --splits {input.splits} --threads {threads}"
         " --output results/{wildcards.dataset}/pretrain/{wildcards.objective}/{wildcards.seed} --log {log}"
@@ -57,10 +59,12 @@ rule train_model:
     retries: 1
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"]
+    threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
-        gpu=GPUS,
+        gpu=TRAINING_GPUS,
+        nodes=NODES,
     params:
+        launcher=LAUNCHER,
         settings=lambda wildcards: json.dumps(
             meaning.training_settings(wildcards.model, config)
         ),
@@ -69,7 +73,7 @@ rule train_model:
         seeds=config["training"]["seeds"],
         encoder=ENCODER,
     shell:
-        "python -m castbench train_model --settings {params.settings:q} --model {wildcards.model}"
+        "{params.launcher}python -m castbench train_model --settings {params.settings:q} --model {wildcards.model}"
         " --target {wildcards.target} --seeds {params.seeds} --materials {input.materials} --split {input.split}"
         " --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens {params.states}"
         " --encoder {params.encoder:q} {params.pretrained} --threads {threads}"

@@ -29,7 +29,7 @@ from castbench.models.composition import CompositionNetwork, Compositions
 from castbench.provenance import atomic_path, write_json
 from castbench.training.multitask import to_unit
 from castbench.training.schedule import batches
-from castbench.training.session import open_session
+from castbench.training.session import ONE_DEVICE, open_session
 
 log = logging.getLogger(__name__)
 FRACTIONS = (0.2, 0.2, 0.6)  # of A, B and X
@@ -108,7 +108,7 @@ def screen_compositions(
         InputError: an unknown element, a missing run, or nothing is left to predict.
     """
     screening = settings["screening"]
-    fabric = open_session(settings["training"], threads)
+    fabric = open_session(settings["training"] | ONE_DEVICE, threads)
     ensemble = Ensemble(settings, runs, seeds, fabric.device)
     known = read_known(compositions, split, settings["classification"]["stability"])
     counts: Counter[str] = Counter(dict.fromkeys(STEPS, 0))

@@ -22,9 +22,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def load_run(run: Path, encoder: Path) -> Network:
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run folder: its settings."""
+    return json.loads((run / "config.json").read_text(encoding="utf-8"))
+
+
+def load_run(run: Path, encoder: Path | None) -> Network:
     """The trained network of a run or a pretraining, in evaluation mode."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run)
     if "model" in config:
         network = build_model(config["model"], config["architecture"], encoder)
     else:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 ABSENT: Any = None  # typed as present, since a model reads only what it declares to need
@@ -33,6 +34,8 @@ class Batch:
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
+    # Of a batch that several processes share: crystals before these, and in all; None where it is whole.
+    place: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -80,3 +83,15 @@ def _places(offsets: Tensor, width: int) -> Tensor:
     """Flat positions (rows,) of the packed rows in a block of (B, width)."""
     owner = segments(offsets)
     return torch.arange(len(owner), device=offsets.device) + (owner * width - offsets[owner])
+
+
+def gathered(own: Tensor, place: tuple[int, int]) -> Tensor:
+    """All processes' rows (B, d) of which this process has `own` (b, d), with gradients.
+
+    Args:
+        own: rows of this process.
+        place: number of rows of the processes before this one, and B.
+    """
+    first, whole = place
+    before, after = own.new_zeros(first, own.shape[1]), own.new_zeros(whole - first - len(own), own.shape[1])
+    return all_reduce(torch.cat([before, own, after]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch
+from castbench.models.batch import Batch, gathered
 from castbench.models.cogn import CoGN, StructureOnly
 from castbench.models.heads import dense
 from castbench.models.text import TextEncoder
@@ -43,8 +43,13 @@ class ContrastivePretraining(Network):
         )
 
     def forward(self, batch: Batch) -> Outcome:
-        """Loss over the batch; `correct` is the mean of crystals that find their text, and the reverse."""
-        return info_nce(self.cogn(batch), self.project_text(self.text.cls(batch)), self.temperature)
+        """Loss over the batch, also a shared one; `correct` is the mean of crystals that find their text, and
+        the reverse.
+        """
+        crystals, texts = self.cogn(batch), self.project_text(self.text.cls(batch))
+        if batch.place is not None:  # the partners of other processes are candidates too
+            crystals, texts = gathered(crystals, batch.place), gathered(texts, batch.place)
+        return info_nce(crystals, texts, self.temperature)
 
 
 class MultiMat(StructureOnly):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from castbench.config import composition_summary
+from castbench.deviations import deviations
 from castbench.evaluation.aggregate import read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
 from castbench.report import tables
@@ -20,7 +21,6 @@ from castbench.report.composition_figures import POOLS, label, stability_rule, t
 from castbench.report.html import (
     DOWNLOADS,
     data_uri,
-    deviations,
     distinct,
     embed,
     kind_of_run,

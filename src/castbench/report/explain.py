@@ -1,6 +1,5 @@
 """What a trained model makes of one new crystal and its text, as a small HTML page."""
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -13,18 +12,15 @@ import torch
 
 from castbench.errors import InputError
 from castbench.evaluation.attention import attention, node_names
+from castbench.evaluation.new_crystals import make_caches, run_encoder
 from castbench.evaluation.probes import Row, Subject, parts_of
 from castbench.evaluation.trained import read_run
-from castbench.graphs.build import build_graphs
 from castbench.labels import MODELS, TARGETS
 from castbench.materials.records import Material, read_material, to_table
 from castbench.models.cross_attention import Cast
 from castbench.report.attention import ORDER_NAMES, PART_COLOURS, browser_maps, quantised
 from castbench.report.html import write_page
-from castbench.text.descriptions import describe_crystal
-from castbench.text.packed import read_manifest
 from castbench.text.reading import LABELS, Reader, Reading
-from castbench.text.tokens import tokenize_text
 
 log = logging.getLogger(__name__)
 
@@ -49,45 +45,25 @@ def explain(run: Path, crystal: Path, /, output: Path | None = None) -> None:
     if record["text"] == "none":
         raise InputError(f"{run}: {record['model']} reads no text; take a run of another model")
     results = run.resolve().parents[3]
-    tokens = read_manifest(results / "tokens", "tokenize_text")
-    encoder = find_encoder(results.parent / "encoders", tokens["encoder"]["checksum"])
+    encoder = run_encoder(record, results)
+    assert encoder is not None
     material = read_material(crystal)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_caches(material, crystal, folder, results, tokens["max_tokens"], encoder)
+        pq.write_table(to_table([material]), folder / "materials.parquet")
+        make_caches(folder / "materials.parquet", folder, results, encoder)
         subject = Subject(run, record, folder / "graphs", folder / "tokens", encoder)
         if not subject.crystals.has_graph[0]:
             raise InputError(f"{crystal}: its graph cannot be built; the log says why")
-        text = pq.read_table(folder / "descriptions.parquet", columns=["text"])["text"][0].as_py()
+        (described,) = pq.read_table(folder / "descriptions.parquet").to_pylist()
+        if (text := described["text"]) is None:
+            raise InputError(f"{crystal}: no description ({described['status']}); give another crystal")
         reading = Reader.of(folder / "tokens", encoder).read(text)
         content = page_content(subject, record, material, reading)
     output = output or Path(f"{crystal.stem}.html")
     write_page("explain.html", content, output)
     log.info("%s: %.3f %s; the page is %s", material.crystal.formula, content["prediction"], content["unit"],
              output)  # fmt: skip
-
-
-def find_encoder(folder: Path, checksum: str) -> Path:
-    """The text encoder with this checksum.
-
-    Raises:
-        InputError: it is not there.
-    """
-    for manifest in sorted(folder.glob("*/manifest.json")):
-        if json.loads(manifest.read_text(encoding="utf-8"))["checksum"] == checksum:
-            return manifest.parent
-    raise InputError(f"{folder}: does not hold the text encoder of this run; run the rule prefetch_encoder")
-
-
-def make_caches(
-    material: Material, crystal: Path, folder: Path, results: Path, max_tokens: int, encoder: Path
-) -> None:
-    """Graph, description and tokens of one crystal, with the settings of the data set `results`."""
-    pq.write_table(to_table([material]), folder / "materials.parquet")
-    settings = json.loads((results / "graphs" / "manifest.json").read_text(encoding="utf-8"))["settings"]
-    build_graphs(settings, folder / "materials.parquet", folder / "graphs", threads=1)
-    describe_crystal(crystal, folder / "descriptions.parquet")
-    tokenize_text({"max_tokens": max_tokens}, folder / "descriptions.parquet", encoder, folder / "tokens")
 
 
 def page_content(

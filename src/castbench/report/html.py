@@ -13,6 +13,7 @@ import markupsafe
 import pandas as pd
 import yaml
 
+from castbench.deviations import deviations
 from castbench.evaluation.aggregate import (
     RESOURCES,
     is_paper_setting,
@@ -190,12 +191,6 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
             if file.suffix in DOWNLOADS
         ],
     }
-
-
-def deviations(study: str) -> list[dict[str, str]]:
-    """The entries of deviations.yaml that speak of a study."""
-    entries = yaml.safe_load((RESOURCES / "deviations.yaml").read_text(encoding="utf-8"))
-    return [entry for entry in entries if entry.get("study", "cast") == study]
 
 
 def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:

@@ -35,6 +35,9 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metada
     """Write a checkpoint into `folder`, then remove all but the newest `KEPT` ones.
 
     The file is written under another name, synced and renamed, so a kill leaves the old ones or the new one.
+
+    Raises:
+        InputError: the disk is full; the older checkpoints are as they were.
     """
     content = encode(tensors, metadata)
     path = folder / f"{step:09d}-{hashlib.sha256(content).hexdigest()}.safetensors"

@@ -156,7 +156,8 @@ def train_composition_seed(
             predicted = objective.in_unit(objective.predict(trainer.module, rows[part]))
             parts[part] = (*data.part(part), predicted)
         result = Result("finished", None, found, spent, run.history, run.best)
-    write_composition_run(folder, record, settings, result, parts, objective.columns)
+    if fabric.is_global_zero:
+        write_composition_run(folder, record, settings, result, parts, objective.columns)
 
 
 def write_composition_run(

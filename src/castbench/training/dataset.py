@@ -34,11 +34,14 @@ class Ragged:
         self.offsets = _tensor(offsets)  # on the host: sizes are known without waiting for a GPU
         self.arrays = {name: _place(_tensor(array), device) for name, array in arrays.items()}
 
+    def own_offsets(self, rows: Tensor) -> Tensor:
+        """Offsets (B + 1,) of the crystals `rows` (B,) among one another, on the host."""
+        return torch.nn.functional.pad((self.offsets[rows + 1] - self.offsets[rows]).cumsum(0), (1, 0))
+
     def take(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Offsets (B + 1,) and values of the crystals `rows` (B,), given on the host, in this order."""
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        starts, offsets = self.offsets[rows], self.own_offsets(rows)
+        lengths = offsets.diff()
         total = int(offsets[-1])
         places: dict[torch.device, Tensor] = {}  # of the values, once for each device that holds some
         for device in {array.device for array in self.arrays.values()}:

@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
+from castbench.errors import InputError
 from castbench.models.base import Network
 from castbench.training.checkpoint import read_checkpoint, write_checkpoint
 from castbench.training.objectives import Objective
 from castbench.training.schedule import epoch_batches, rate_factor, seed_step
+from castbench.training.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class Run:
 class Trainer:
     """One run of `network` on `objective`, whose state can be written and read after any step.
 
+    Several processes (`fabric.world_size`) share every batch, and the first of them writes.
+
     Args:
         training: the section of the config (learning rates, weight decay, warm-up, cycles; where it has
             `patience`, the run stops early, after that many epochs without a better validation; with
@@ -78,6 +82,9 @@ class Trainer:
         fabric: device and precision.
         folder: where checkpoints go.
         key: hash of all that the run is a function of; a checkpoint with another one is not continued.
+
+    Raises:
+        InputError: several processes cannot share the batches of this network.
     """
 
     def __init__(
@@ -93,8 +100,20 @@ class Trainer:
     ):
         self.network, self.objective, self.training, self.epochs = network, objective, training, epochs
         self.seed, self.fabric, self.folder, self.key = seed, fabric, folder, key
+        if fabric.world_size > 1 and any("running_mean" in name for name, _ in network.named_buffers()):
+            raise InputError(
+                "training.devices: batch normalisation, which this structure encoder has, needs the whole "
+                "batch in one process; make devices and num_nodes 1"
+            )
         self.optimizer = make_optimizer(network, training)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
+        objective.share = Share(fabric.global_rank, fabric.world_size)
+        # On the hosts, so that no GPU waits when the processes agree on something.
+        self.hosts = distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self.meant, self.stopping = (
+            0,
+            False,
+        )  # losses of the epoch that are the processes' mean already; SIGTERM
         steps = math.ceil(len(objective.rows) / objective.batch_size)
         self.run = Run(steps, epochs * steps, torch.zeros(steps, dtype=torch.float64, device=fabric.device))
 
@@ -111,7 +130,7 @@ class Trainer:
             desc=f"{self.folder.parent.parent.name}, seed {self.seed}",
             unit=" crystals",
             unit_scale=True,
-            disable=None,  # off where standard error is no terminal
+            disable=None if self.fabric.is_global_zero else True,  # off where standard error is no terminal
         )
         self.clock = self.saved = time.monotonic()
         with bar, terminable() as terminated:
@@ -126,12 +145,12 @@ class Trainer:
                     if bar.update(len(order[place])):  # true when it was drawn
                         bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                     if place + 1 < run.steps and self.due(terminated):
-                        self.save(terminated)
+                        self.save()
                 self.close_epoch(epoch, order)
                 if run.failure:
                     return run
-                if self.ended() or self.due(terminated):
-                    self.save(terminated)
+                if self.due(terminated) or self.ended():
+                    self.save()
         self.network.load_trained_state(run.best)
         self.module.eval()
         return run
@@ -150,7 +169,8 @@ class Trainer:
         factor = self.rate_factor(run.step)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        seed_step(self.fabric.device, self.seed, "dropout", run.step)
+        others = [self.fabric.global_rank] if self.fabric.global_rank else []  # each drops out on its own
+        seed_step(self.fabric.device, self.seed, "dropout", run.step, *others)
         loss = self.objective.loss(self.module, rows, run.step)
         self.fabric.backward(loss)
         longest = self.training.get("max_gradient_norm", MAX_GRADIENT_NORM)
@@ -173,6 +193,7 @@ class Trainer:
         """Validate, record the epoch, and keep the weights if they are the best; or find the run failed."""
         run, objective = self.run, self.objective
         rate = self.training["learning_rate"] * self.rate_factor(run.step - 1)
+        self.mean_losses(run.steps)
         wrong = (~run.losses.isfinite()).nonzero().flatten().tolist()
         if wrong:
             step = epoch * run.steps + wrong[0]
@@ -202,12 +223,42 @@ class Trainer:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
             log.info("epoch %d of %d: %s", epoch + 1, self.epochs, shown)
 
-    def due(self, terminated: threading.Event) -> bool:
-        """Whether it is time for a checkpoint."""
-        return terminated.is_set() or time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+    def mean_losses(self, end: int) -> None:
+        """Make the new ones of the epoch's losses, up to `end`, the mean of all processes."""
+        if self.hosts is not None and self.meant < end:
+            losses = self.run.losses[self.meant : end]
+            every: Any = self.fabric.all_gather(losses.clone())
+            losses.copy_(every.mean(dim=0))
+        self.meant = end % self.run.steps
 
-    def save(self, terminated: threading.Event) -> None:
+    def due(self, terminated: threading.Event) -> bool:
+        """Whether it is time for a checkpoint, in this process or another."""
+        late = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        asked = torch.tensor([terminated.is_set(), late], dtype=torch.int32)
+        if self.hosts is not None:
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX, group=self.hosts)
+        self.stopping = bool(asked[0])
+        return bool(asked.any())
+
+    def save(self) -> None:
         """Write a checkpoint; the last one holds the best weights alone. Exit if that was asked for."""
+        run = self.run
+        if place := run.step % run.steps:
+            self.mean_losses(place)
+        now = time.monotonic()
+        run.seconds, self.clock, self.saved = run.seconds + now - self.clock, now, now
+        if self.fabric.is_global_zero:
+            own = {name: getattr(run, name) for name in ("step", "history", "best_epoch", "seconds")}
+            write_checkpoint(self.folder, run.step, self.state(), own | {"key": self.key})
+        if self.stopping:
+            self.fabric.barrier()
+            log.warning(
+                "stopped by SIGTERM after step %d of %d; start again to continue", run.step, run.total
+            )
+            raise SystemExit(TERMINATED)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint has to hold of tensors."""
         run = self.run
         tensors = {f"best/{name}": value for name, value in run.best.items()}
         if not self.ended():
@@ -215,19 +266,23 @@ class Trainer:
             for index, moments in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
             tensors["losses"] = run.losses
-        now = time.monotonic()
-        run.seconds, self.clock, self.saved = run.seconds + now - self.clock, now, now
-        own = {name: getattr(run, name) for name in ("step", "history", "best_epoch", "seconds")}
-        write_checkpoint(self.folder, run.step, tensors, own | {"key": self.key})
-        if terminated.is_set():
-            log.warning(
-                "stopped by SIGTERM after step %d of %d; start again to continue", run.step, run.total
-            )
-            raise SystemExit(TERMINATED)
+        return tensors
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of this very run, if there is one."""
-        found = read_checkpoint(self.folder, self.key)
+        """Continue from the newest checkpoint of this very run, if there is one.
+
+        Raises:
+            InputError: other processes do not see it.
+        """
+        with self.fabric.rank_zero_first():  # it removes what is damaged
+            found = read_checkpoint(self.folder, self.key)
+        if self.hosts is not None:
+            step = torch.tensor(found[1]["step"] if found else -1, device=self.fabric.device)
+            steps: Any = self.fabric.all_gather(step)
+            if (steps != step).any():
+                raise InputError(
+                    f"{self.folder}: not the same on all nodes; put results/ on a disk that all share"
+                )
         if found is None:
             return
         tensors, own = found
@@ -240,7 +295,7 @@ class Trainer:
             parts[kind][rest] = value.to(self.fabric.device)
         run.best = parts["best"]
         if not self.ended():
-            run.losses = parts["losses"][""]
+            run.losses, self.meant = parts["losses"][""], run.step % run.steps
             self.network.load_trained_state(parts["network"])
             moments: dict[int, dict[str, Tensor]] = {}
             for name, value in parts["optimizer"].items():

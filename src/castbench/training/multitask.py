@@ -106,8 +106,13 @@ class MultiTask(Objective):
             own += [f"{part}_{target}_{kind}" for part in ("train", "validation") for kind in kinds]
         return tuple(own)
 
-    def task_losses(self, predicted: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        """Mean loss () of each target over the compositions `rows` that have it."""
+    def task_losses(
+        self, predicted: dict[str, Tensor], rows: Tensor, whole: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Mean loss () of each target over the compositions `rows` that have it.
+
+        Where they are this process's part of the rows `whole`, the mean of all processes is that over these.
+        """
         losses = {}
         for target, every in self.targets.items():
             truth, known = every[rows], every[rows].isfinite()
@@ -118,6 +123,8 @@ class MultiTask(Objective):
                 losses[target] = focal_loss(output, truth, *self.weights[target])
             else:
                 losses[target] = functional.smooth_l1_loss(output, truth, beta=BETA)
+            if whole is not None and self.share.processes > 1 and len(truth):
+                losses[target] *= self.share.weight(len(truth), int(every[whole].isfinite().sum()))
         return losses
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
@@ -125,7 +132,8 @@ class MultiTask(Objective):
 
         That is L / (2 sigma^2) + log sigma for a regression, L / sigma^2 + log sigma for a classification.
         """
-        losses = self.task_losses(network(self.compositions.batch(rows)), rows)
+        part = self.share.of(rows)
+        losses = self.task_losses(network(self.compositions.batch(part)), part, rows)
         own: Any = getattr(network, "module", network)
         if own.log_variances is None:
             return torch.stack(list(losses.values())).sum()
@@ -137,12 +145,12 @@ class MultiTask(Objective):
 
     def predict(self, network: nn.Module, rows: Tensor) -> dict[str, Tensor]:
         """{target: (n,)} raw outputs of `rows` on the host, float32."""
-        parts: dict[str, list[Tensor]] = {target: [] for target in self.truth}
+        every = {target: torch.zeros(len(rows), device=self.compositions.device) for target in self.truth}
         with torch.inference_mode():
-            for chosen in batches(rows, BATCH):
-                for target, found in network(self.compositions.batch(chosen)).items():
-                    parts[target].append(found.float())
-        return {target: torch.cat(found).cpu() for target, found in parts.items()}
+            for places in self.share.every(batches(torch.arange(len(rows)), BATCH)):
+                for target, found in network(self.compositions.batch(rows[places])).items():
+                    every[target][places[0] : places[-1] + 1] = found.float()
+        return {target: self.share.summed(found).cpu() for target, found in every.items()}
 
     def in_unit(self, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Raw outputs as float64: numbers in their unit, probabilities of class 1."""

@@ -16,7 +16,9 @@ from castbench.models.base import Outcome
 from castbench.models.batch import Batch, segments
 from castbench.training.dataset import Crystals
 from castbench.training.schedule import batches, generator
+from castbench.training.share import Share
 
+ALONE = Share()
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": functional.l1_loss,
     "huber": functional.huber_loss,
@@ -30,17 +32,22 @@ class Objective(ABC):
     Attributes:
         columns: names of the values that `validate` returns.
         selects: the one of them whose least value selects the weights.
+        share: the part of this process, where several train together; the `Trainer` says which.
     """
 
     columns: tuple[str, ...]
     selects: str
+    share = ALONE
 
     def __init__(self, train: Tensor, validation: Tensor, batch_size: int):
         self.rows, self.validation, self.batch_size = train, validation, batch_size
 
     @abstractmethod
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
-        """Mean loss () over the crystals or compositions `rows` (B,) at a step of the run."""
+        """Mean loss () over the crystals or compositions `rows` (B,) at a step of the run.
+
+        Of several processes each returns its part, such that their mean is that loss.
+        """
 
     @abstractmethod
     def validate(self, network: nn.Module) -> dict[str, float]:
@@ -81,17 +88,17 @@ class Regression(Objective):
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () of a batch, on standardised targets."""
-        return self.loss_function(network(self.crystals.batch(rows)), self.targets[rows])
+        own = self.share.of(rows)
+        loss = self.loss_function(network(self.crystals.batch(own)), self.targets[own])
+        return loss * self.share.weight(len(own), len(rows))
 
     def predict(self, network: nn.Module, rows: Tensor) -> np.ndarray:
         """Standardised predictions (n,) of `rows`, float32."""
-        with torch.inference_mode():
-            found = [network(self.crystals.batch(part)).float() for part in batches(rows, self.batch_size)]
-        return torch.cat(found).cpu().numpy()
+        return predict(network, self.crystals, rows, self.batch_size, self.share)
 
     def in_unit(self, predicted: np.ndarray) -> np.ndarray:
         """Standardised predictions as float64 in the target's unit."""
-        return predicted.astype(np.float64) * self.std + self.mean
+        return in_unit(predicted, "regression", self.mean, self.std)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss on standardised targets, and mean absolute error in the target's unit."""
@@ -133,7 +140,7 @@ class Classification(Regression):
 
     def in_unit(self, predicted: np.ndarray) -> np.ndarray:
         """Logits as float64 probabilities of class 1."""
-        return torch.from_numpy(predicted).double().sigmoid().numpy()
+        return in_unit(predicted, "classification", self.mean, self.std)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Cross-entropy, and the share of crystals whose class is the more probable one."""
@@ -154,6 +161,24 @@ class Classification(Regression):
         return ranking_scores(truth, predicted) | class_scores(truth, predicted > 0.5)
 
 
+def in_unit(predicted: np.ndarray, task: str, mean: float, std: float) -> np.ndarray:
+    """Outputs (n,) of a network as float64 in the target's unit; of a classification, its probability."""
+    if task == "classification":
+        return torch.from_numpy(predicted).double().sigmoid().numpy()
+    return predicted.astype(np.float64) * std + mean
+
+
+def predict(
+    network: nn.Module, crystals: Crystals, rows: Tensor, batch_size: int, share: Share = ALONE
+) -> np.ndarray:
+    """Standardised predictions (n,) of `rows`, float32; their last bits depend on who shares a batch."""
+    found = torch.zeros(len(rows), device=crystals.device)
+    with torch.inference_mode():
+        for places in share.every(batches(torch.arange(len(rows)), batch_size)):
+            found[places[0] : places[-1] + 1] = network(crystals.batch(rows[places])).float()
+    return share.summed(found).cpu().numpy()
+
+
 class Pretraining(Objective):
     """A pretraining network's own loss, by which it is also selected; the contrastive one takes no more."""
 
@@ -167,26 +192,30 @@ class Pretraining(Objective):
         self.crystals = crystals
         self.seed = seed
 
-    def prepare(self, batch: Batch, *stream: int | str) -> Batch:
+    def prepare(self, batch: Batch, rows: Tensor, *stream: int | str) -> Batch:
         """Add to a batch what the network needs beyond the caches; random numbers follow from `stream`."""
         return batch
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
-        """Mean loss () of a batch."""
-        return network(self.prepare(self.crystals.batch(rows), self.seed, "train", step)).loss
+        """Mean loss () of a batch; of a shared one every process has that of the whole."""
+        batch = self.crystals.batch(self.share.of(rows))
+        if self.share.processes > 1:
+            batch.place = self.share.span(len(rows))[0], len(rows)
+        return network(batch).loss
 
     def evaluate(
         self, network: nn.Module, alter: Callable[[Batch, Tensor], Batch] | None = None
     ) -> tuple[float, float]:
         """Mean loss and accuracy on validation, the same guesses each time; `alter` may change a batch."""
-        lost = right = guesses = 0.0
+        parts = list(enumerate(batches(self.validation, self.batch_size)))
+        found = torch.zeros(len(parts), 3, dtype=torch.float64, device=self.crystals.device)
         with torch.inference_mode():
-            for number, rows in enumerate(batches(self.validation, self.batch_size)):
-                batch = self.prepare(self.crystals.batch(rows), "validation", number)
+            for number, rows in self.share.every(parts):
+                batch = self.prepare(self.crystals.batch(rows), rows, "validation", number)
                 outcome: Outcome = network(batch if alter is None else alter(batch, rows))
-                lost += float(outcome.loss) * outcome.count
-                right += float(outcome.correct)
-                guesses += outcome.count
+                lost, right = float(outcome.loss) * outcome.count, float(outcome.correct)
+                found[number] = torch.tensor([lost, right, outcome.count], dtype=found.dtype)
+        lost, right, guesses = map(sum, zip(*self.share.summed(found).tolist(), strict=True))
         return lost / guesses, right / guesses
 
     def validate(self, network: nn.Module) -> dict[str, float]:
@@ -203,13 +232,25 @@ class MaskedNode(Pretraining):
         super().__init__(crystals, train, validation, pretraining, seed)
         self.probability: float = pretraining["mask_probability"]
 
-    def prepare(self, batch: Batch, *stream: int | str) -> Batch:
+    def mask(self, rows: Tensor, *stream: int | str) -> tuple[Tensor, Tensor]:
+        """The nodes (N,) of the crystals `rows` (B,) that are hidden, and offsets (B + 1,), on the host."""
+        assert self.crystals.nodes is not None
+        offsets = self.crystals.nodes.own_offsets(rows)
+        return random_mask(offsets, self.probability, *stream), offsets
+
+    def prepare(self, batch: Batch, rows: Tensor, *stream: int | str) -> Batch:
         """Choose the nodes to hide."""
-        assert batch.node_offsets is not None
-        batch.masked_nodes = random_mask(batch.node_offsets.cpu(), self.probability, *stream).to(
-            self.crystals.device
-        )
+        batch.masked_nodes = self.mask(rows, *stream)[0].to(self.crystals.device)
         return batch
+
+    def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
+        """Mean loss () over the hidden nodes of a batch, which the processes that share it hide alike."""
+        mask, offsets = self.mask(rows, self.seed, "train", step)
+        first, end = self.share.span(len(rows))
+        own = mask[offsets[first] : offsets[end]]
+        batch = self.crystals.batch(rows[first:end])
+        batch.masked_nodes = own.to(self.crystals.device)
+        return network(batch).loss * self.share.weight(int(own.sum()), int(mask.sum()))
 
 
 def random_mask(offsets: Tensor, probability: float, *stream: int | str) -> Tensor:

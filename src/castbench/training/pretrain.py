@@ -19,7 +19,7 @@ from castbench.models.batch import Batch
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import MaskedNode, Pretraining
-from castbench.training.records import Result, failed, run_record, write_run
+from castbench.training.records import Result, encoder_record, failed, run_record, write_run
 from castbench.training.schedule import generator
 from castbench.training.session import cost, open_session, run_key
 
@@ -76,6 +76,7 @@ def pretrain_model(
         "seed": seed,
         "n": {"train": len(rows), "validation": len(held_out)},
         "n_without_text": crystals.n_without_text(torch.cat([rows, held_out])),
+        "text_encoder": encoder_record(network, encoder),
         "validation": None,
         "inputs": crystals.checksums | {"splits": [ids["checksum"] for ids in lists]},
     }
@@ -88,7 +89,8 @@ def pretrain_model(
     else:
         result = Result("skipped", "no target has enough crystals")
         log.warning("%s, seed %d: skipped, %s", objective, seed, result.reason)
-    write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
+    if fabric.is_global_zero:
+        write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
 
 
 def run_objective(

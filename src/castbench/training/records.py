@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from torch import Tensor
 
 from castbench.models.base import Network
 from castbench.provenance import atomic_path, code_version, package_versions, write_json
+from castbench.text import read_encoder
+from castbench.training.card import model_card
 from castbench.training.checkpoint import encode
 from castbench.training.loop import Run
+
+log = logging.getLogger(__name__)
 
 HISTORY = ("epoch", "step", "learning_rate", "train_loss")
 PREDICTIONS = pa.schema(
@@ -61,9 +66,21 @@ def run_record(network: Network, run: Run) -> dict[str, Any]:
     }
 
 
+def encoder_record(network: Network, encoder: Path) -> dict[str, str] | None:
+    """What metrics.json says about the text encoder; None for a model that reads no text."""
+    if network.text is None:
+        return None
+    manifest = read_encoder(encoder, names=())
+    return {key: manifest[key] for key in ("id", "revision", "checksum")}
+
+
 def failed(run: Run, ids: list[str], record: dict[str, Any], cost: dict[str, Any]) -> Result:
     """The result of a run that stopped at a value that is not finite; `ids` are the crystals of the batch."""
     assert run.failure is not None
+    log.error(
+        "%s is not finite at step %d, learning rate %.3g; the run stops. Its batch: %s",
+        run.failure.what, run.failure.step, run.failure.learning_rate, ", ".join(ids),
+    )  # fmt: skip
     where = {"step": run.failure.step, "learning_rate": run.failure.learning_rate, "material_ids": ids}
     reason = f"{run.failure.what} is not finite at step {run.failure.step}"
     return Result("failed", reason, record | {"failure": where}, cost, run.history)
@@ -94,10 +111,10 @@ def write_run(
     with atomic_path(folder / "model.safetensors") as partial:
         partial.write_bytes(encode(result.weights, settings))
     outcome = {"status": result.status, "reason": result.reason, **result.record}
-    write_json(
-        folder / "metrics.json",
-        record | outcome | {"versions": package_versions(), "commit": code_version()},
-    )
+    whole = record | outcome | {"versions": package_versions(), "commit": code_version()}
+    with atomic_path(folder / "README.md") as partial:
+        partial.write_text(model_card(whole, settings), encoding="utf-8")
+    write_json(folder / "metrics.json", whole)
 
 
 def write_predictions(folder: Path, result: Result) -> None:

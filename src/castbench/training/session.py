@@ -11,29 +11,59 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning_fabric.strategies import DDPStrategy
 
+from castbench.errors import InputError
 from castbench.provenance import hardware, sha256_json
 
 log = logging.getLogger(__name__)
 
 CODE = ("models", "training", "text/encoders.py")  # what the weights of a run come from, under castbench/
 
+ONE_DEVICE = {"devices": 1, "num_nodes": 1}  # settings of what does not train
+
 
 def open_session(training: dict[str, Any], threads: int) -> Fabric:
-    """Set torch up for reproducible runs, and return the Fabric of the configured device and precision.
+    """Set torch up for reproducible runs, and return the Fabric of the configured devices and precision.
+
+    With several devices this process starts itself once more for each of the others; over several nodes the
+    scheduler does (srun, torchrun). What follows is run by all of them.
 
     The order in which the CPU adds up depends on the number of threads, so the config decides it, not the
     number of cores that the scheduler happened to have (`threads`).
+
+    Raises:
+        InputError: there are several nodes, and no scheduler that started a process on each.
     """
-    wanted = training["threads"]
-    if threads < wanted:
-        log.warning("training.threads: %d, but the job has %d cores; it will be slow", wanted, threads)
-    torch.set_num_threads(wanted)
+    wanted, devices, nodes = training["threads"], training.get("devices", 1), training.get("num_nodes", 1)
+    if threads < wanted * devices:
+        log.warning(
+            "training.threads: %d, but the job has %d cores; it will be slow", wanted * devices, threads
+        )
+    if nodes > 1 and not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect()):
+        raise InputError(
+            f"training.num_nodes: {nodes}, but nothing started a process on each; use srun or torchrun"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Fabric(accelerator=training["device"], devices=1, precision=training["precision"])
+    choice: dict[str, Any] = {"accelerator": training["device"], "precision": training["precision"]}
+    if devices * nodes > 1:
+        choice["strategy"] = DDPStrategy(broadcast_buffers=False)  # no model has one that changes
+    if nodes == 1:  # in a Slurm job too, which knows of one task
+        choice["plugins"] = LightningEnvironment()
+    fabric = Fabric(devices=devices, num_nodes=nodes, **choice)
+    if devices * nodes > 1:
+        fabric.launch()
+        log.info("%d processes train together", fabric.world_size)
+    torch.set_num_threads(wanted)
+    return fabric
 
 
 def run_key(fabric: Fabric, **parts: Any) -> str:
@@ -51,7 +81,8 @@ def run_key(fabric: Fabric, **parts: Any) -> str:
 def cost(fabric: Fabric, seconds: float, samples: int) -> dict[str, Any]:
     """The content of cost.json: wall time of training and validation, crystals trained on per second of it.
 
-    Peak memory (MiB) is the GPU's where one is used, else the process's so far, caches mapped in included.
+    Peak memory (MiB) is the GPU's where one is used, else the process's so far, caches mapped in included; of
+    several processes that of the first.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if fabric.device.type == "cuda":
@@ -60,5 +91,7 @@ def cost(fabric: Fabric, seconds: float, samples: int) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "samples_per_second": round(samples / seconds, 3) if seconds else None,
         "peak_memory_mb": round(peak, 1),
-        "hardware": hardware() | {"threads": torch.get_num_threads(), "device": str(fabric.device)},
+        "hardware": hardware()
+        | {"threads": torch.get_num_threads(), "device": str(fabric.device)}
+        | {"processes": fabric.world_size},
     }

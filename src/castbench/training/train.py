@@ -25,7 +25,14 @@ from castbench.provenance import sha256_file
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import Classification, Regression
-from castbench.training.records import Result, failed, run_record, write_predictions, write_run
+from castbench.training.records import (
+    Result,
+    encoder_record,
+    failed,
+    run_record,
+    write_predictions,
+    write_run,
+)
 from castbench.training.session import cost, open_session, run_key
 
 log = logging.getLogger(__name__)
@@ -80,7 +87,7 @@ def train_model(
         if data is None:
             crystals = Crystals(network, graphs, tokens, states, fabric.device)
             data = read_data(crystals, materials, target, lists)
-            record |= data.record()
+            record |= data.record() | {"text_encoder": encoder_record(network, encoder)}
             if (
                 not lists["reason"]
                 and not lists["validation"]
@@ -98,10 +105,11 @@ def train_model(
         else:
             log.info("%s, %s, seed %d: %s", model, target, seed, record["n"])
             result = train_seed(network, data, own, settings, fabric, output / "checkpoints" / str(seed))
-        folder = output / str(seed)
-        write_predictions(folder, result)
-        config = settings | {"model": model, "target": target, "seed": seed}
-        write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
+        if fabric.is_global_zero:
+            folder = output / str(seed)
+            write_predictions(folder, result)
+            config = settings | {"model": model, "target": target, "seed": seed}
+            write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
 
 
 @dataclass

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from castbench.compositions.targets import threshold_text
+from castbench.deviations import deviations
 from castbench.evaluation.classification import class_scores
 from castbench.evaluation.compositions import class_row, difference, enrichment_table, number_table, score_run
 from castbench.report.composition_figures import attention_by_token, focal_curve
 from castbench.report.composition_html import mean_std, plot_points
-from castbench.report.html import deviations
 
 SETTINGS = {
     "models": ["baseline", "edm_transformer"], "structure_models": [], "regression": ["band_gap"],

@@ -1,6 +1,6 @@
 """A small data set in the pipeline's formats, and the command lines that the workflow would give for it."""
 
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from castbench.provenance import sha256_file
 from castbench.text.encoders import prefetch_encoder
 from castbench.text.states import embed_text
 from castbench.text.tokens import tokenize_text
+from training_jobs import run_job, words
 
 N, TARGET, WITHOUT_GRAPH, WITHOUT_TEXT = 40, "total_energy", 7, 11
 ARCHITECTURE: dict[str, Any] = {
@@ -96,15 +97,15 @@ class DataSet:
         )
 
 
-def words(verb: str, **arguments: Any) -> list[str]:
-    """A command line."""
-    line = [verb]
-    for name, value in arguments.items():
-        text = (
-            [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        )
-        line += [f"--{name}", *map(str, text)]
-    return line
+@pytest.fixture(scope="session")
+def pretrained(data: DataSet) -> DataSet:
+    """The data set with both pretrainings, seeds 0 to 2."""
+    for objective in ("masked_node", "contrastive"):
+        folder = data.root / "pretrain" / objective
+        assert run_job(data.pretrain(objective, folder / "0")) == 0
+        for seed in ("1", "2"):
+            shutil.copytree(folder / "0", folder / seed)
+    return data
 
 
 def write_graphs(folder: Path, materials: Path, ids: list[str]) -> None:

@@ -1,8 +1,10 @@
 import logging
+import resource
 
 import pytest
 import torch
 
+from castbench.errors import InputError
 from castbench.training.checkpoint import encode, read_checkpoint, read_metadata, write_checkpoint
 
 
@@ -39,6 +41,19 @@ def test_a_damaged_newest_one_falls_back_with_a_warning(folder, caplog, damage):
         read, metadata = read_checkpoint(folder, "k")
     assert metadata["step"] == 20 and read["b"] == 20
     assert "damaged" in caplog.text and newest.name in caplog.text
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_ones(folder):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(InputError, match=r"000000101-.*cannot be written \(file too large\); make space"):
+            write_checkpoint(folder, 101, tensors(101), {"key": "k"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert read_checkpoint(folder, "k")[1]["step"] == 100
 
 
 def test_other_settings_start_anew_with_a_log_line(folder, caplog):

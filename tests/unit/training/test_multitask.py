@@ -1,6 +1,7 @@
 """Losses by hand, missing values, task weights, and runs that stop early and resume to the same bits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,18 @@ import torch
 from torch.nn import functional
 
 from castbench.compositions.magpie import featurize_compositions
+from castbench.config import COMPOSITION_MODELS
 from castbench.errors import InputError
-from castbench.models import build_composition_model
+from castbench.evaluation.compositions import number_table, read_runs
+from castbench.models import COMPOSITION_REGISTRY, build_composition_model
 from castbench.models.composition import Compositions
 from castbench.training.baselines import fit_baseline
 from castbench.training.compositions import read_compositions, train_compositions
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask, class_weights, focal_loss
-from composition_data import aggregated, rows, split
-
-ARCHITECTURE = {
-    "edm_transformer": {"width": 24, "layers": 1, "heads": 2, "feedforward": 24, "dropout": 0.1},
-    "random_forest": {"trees": 10},
-}
-TRAINING: dict[str, Any] = {
-    "epochs": 4, "patience": None, "batch_size": 8, "learning_rate": 1e-3, "encoder_learning_rate": 1e-4,
-    "weight_decay": 1e-2, "warmup_steps": 1000, "cycles": 1, "task_weights": "sum", "precision": "32-true",
-    "device": "cpu", "threads": 1,
-}  # fmt: skip
-
-
-def settings(loss: str = "inverse_frequency", **training: Any) -> dict[str, Any]:
-    return {
-        "dataset": "invented", "max_elements": 4, "regression": ["band_gap"], "loss": loss,
-        "classification": {"stability": 0.0}, "architecture": ARCHITECTURE, "training": TRAINING | training,
-    }  # fmt: skip
+from composition_data import ARCHITECTURE, TRAINING, aggregated, rows, split
+from composition_data import composition_settings as settings
+from training_jobs import killed_and_unbroken
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +145,25 @@ def test_a_run_stops_when_validation_no_longer_improves(folder: Path, tmp_path: 
     assert again == record  # from its last checkpoint, without another step
 
 
+def test_a_failed_run_says_where_and_enters_no_mean(folder: Path, tmp_path: Path):
+    runs = tmp_path / "composition_runs" / "edm_transformer"
+    good = train(folder, runs)
+    train(folder, tmp_path / "failed", learning_rate=1e38, encoder_learning_rate=1e38)
+    shutil.move(tmp_path / "failed" / "0", runs / "1")
+    found = json.loads((runs / "1" / "metrics.json").read_text())
+    assert found["status"] == "failed" and "is not finite at step" in found["reason"]
+    assert found["failure"]["learning_rate"] > 1e36 and 0 < len(found["failure"]["material_ids"]) <= 8
+    assert len(pd.read_parquet(runs / "1" / "predictions.parquet")) == 0
+    chosen = settings() | {"models": ["edm_transformer"], "structure_models": [], "seeds": [0, 1]}
+    (row,) = (
+        number_table(read_runs(chosen, tmp_path), chosen)
+        .query("model == 'edm_transformer'")
+        .to_dict("records")
+    )
+    assert (row["finished"], row["expected"]) == (1, 2)
+    assert row["mae_mean"] == good["scores"]["band_gap"]["test"]["mae"]
+
+
 def test_the_same_seed_gives_the_same_bits(folder: Path, tmp_path: Path):
     train(folder, tmp_path / "a", seeds=[1, 0])
     train(folder, tmp_path / "b", seeds=[0])
@@ -164,6 +171,25 @@ def test_the_same_seed_gives_the_same_bits(folder: Path, tmp_path: Path):
         assert (tmp_path / "a" / "0" / name).read_bytes() == (tmp_path / "b" / "0" / name).read_bytes()
     first, second = (tmp_path / "a" / seed / "model.safetensors" for seed in ("0", "1"))
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.parametrize("model", COMPOSITION_REGISTRY)
+def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(
+    folder: Path, tmp_path: Path, model: str
+):
+    loss = COMPOSITION_MODELS[model][1]
+
+    def command(output: Path) -> list[str]:
+        return [
+            "train_compositions", "--model", model, "--settings", json.dumps(settings(loss)), "--seeds", "0",
+            "--compositions", f"{folder}/compositions.parquet", "--split", f"{folder}/split.json",
+            "--output", str(output), "--threads", "1",
+        ]  # fmt: skip
+
+    killed, unbroken = killed_and_unbroken(command, tmp_path, "0", 12)
+    assert len(unbroken) == 6 and killed == unbroken
+    found = json.loads(killed["metrics.json"])
+    assert (found["status"], found["steps"]) == ("finished", 12)
 
 
 def test_a_formula_with_more_elements_than_slots_is_refused(folder: Path):

@@ -9,28 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
 from castbench.errors import InputError
 from castbench.evaluation.metrics import scores
 from castbench.materials.splits import checksum, write_split
-from castbench.models import build_model
+from castbench.models import REGISTRY, build_model
 from castbench.provenance import write_json
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import Regression
 from castbench.training.train import train_model
-from training_jobs import bytes_of, run_job
+from training_jobs import bytes_of, killed_and_unbroken, run_job
 
-MODELS = [
-    "structure_only",
-    "text_only",
-    "crysmmnet_frozen",
-    "crysmmnet_lora",
-    "multimat",
-    "cast_scratch",
-    "cast",
-]
 STEPS = 16  # of a run: 4 epochs of 27 crystals, 8 a batch
 
 
@@ -38,39 +29,24 @@ def record(run):
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def pretrained(data):
-    """The data set with both pretrainings, seeds 0 to 2."""
-    for objective in ("masked_node", "contrastive"):
-        folder = data.root / "pretrain" / objective
-        assert run_job(data.pretrain(objective, folder / "0")) == 0
-        for seed in ("1", "2"):
-            shutil.copytree(folder / "0", folder / seed)
-    return data
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_killed_at_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(pretrained, tmp_path, model):
-    unbroken, killed = (
-        pretrained.train(model, tmp_path / "a" / model),
-        pretrained.train(model, tmp_path / "b" / model),
+@pytest.mark.parametrize("model", REGISTRY)
+def test_killed_at_ten_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(
+    pretrained, tmp_path, model
+):
+    killed, unbroken = killed_and_unbroken(
+        lambda folder: pretrained.train(model, folder), tmp_path, "0", STEPS
     )
-    assert run_job(unbroken) == 0
-    for stop in np.random.default_rng(MODELS.index(model)).integers(2, 6, 3).tolist():
-        assert run_job(killed, interval=0, stop=stop) == -signal.SIGKILL
-        assert not (tmp_path / "b" / model / "0" / "metrics.json").exists()
-    assert run_job(killed, interval=0) == 0
-    expected = bytes_of(tmp_path / "a" / model / "0")
-    assert set(expected) == {
+    assert set(unbroken) == {
+        "README.md",
         "config.json",
         "history.csv",
         "metrics.json",
         "model.safetensors",
         "predictions.parquet",
     }
-    assert bytes_of(tmp_path / "b" / model / "0") == expected
+    assert killed == unbroken
 
-    found = record(tmp_path / "b" / model / "0")
+    found = json.loads(killed["metrics.json"])
     assert (found["status"], found["steps"], found["epochs"]) == ("finished", STEPS, 4)
     assert found["n"] == {"train": 27, "validation": 6, "test": 6} and found["n_dropped"]["no graph"] == 1
     lora, text = model in ("text_only", "crysmmnet_lora"), model not in ("structure_only", "multimat")
@@ -80,7 +56,8 @@ def test_killed_at_random_points_a_run_ends_with_the_bytes_of_an_unbroken_one(pr
         "multimat": "contrastive",
         "cast": "masked_node",
     }.get(model)
-    weights = load_file(tmp_path / "b" / model / "0" / "model.safetensors")
+    assert (found["text_encoder"] is None) == (not text)
+    weights = load(killed["model.safetensors"])
     assert sum(value.numel() for value in weights.values()) == found["parameters"]["trainable"]
     assert (found["parameters"]["trainable"] < found["parameters"]["total"]) == lora
 
@@ -133,13 +110,16 @@ def test_changed_settings_start_anew(data, tmp_path):
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path):
     output = tmp_path / "structure_only"
-    assert run_job(data.train("structure_only", output, seeds=(0, 1), learning_rate=1e38)) == 0
+    log = ["--log", str(tmp_path / "log")]
+    assert run_job([*data.train("structure_only", output, seeds=(0, 1), learning_rate=1e38), *log]) == 0
     found = record(output / "1")
     assert found["status"] == "failed" and found["test"] is None
     assert found["reason"] == "training loss is not finite at step 1"
     assert found["failure"]["step"] == 1 and found["failure"]["learning_rate"] > 1e37
     assert 0 < len(found["failure"]["material_ids"]) <= 8
     assert set(found["failure"]["material_ids"]) <= {f"m-{i}" for i in range(28)}
+    line = f"learning rate {found['failure']['learning_rate']:.3g}; the run stops. Its batch: "
+    assert line + ", ".join(found["failure"]["material_ids"]) in (tmp_path / "log").read_text()
     assert len(pd.read_parquet(output / "1" / "predictions.parquet")) == 0
     assert load_file(output / "1" / "model.safetensors") == {}
     assert list(pd.read_csv(output / "1" / "history.csv").columns) == [

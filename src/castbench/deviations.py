@@ -1,0 +1,13 @@
+"""Where castbench departs from the papers, as workflow/resources/deviations.yaml says it."""
+
+from pathlib import Path
+
+import yaml
+
+FILE = Path(__file__).resolve().parents[2] / "workflow" / "resources" / "deviations.yaml"
+
+
+def deviations(study: str) -> list[dict[str, str]]:
+    """The entries that speak of a study, "cast" or "compositions"."""
+    entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry.get("study", "cast") == study]

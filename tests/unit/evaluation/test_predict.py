@@ -1,0 +1,201 @@
+"""Predictions for crystals in files: the run's own bits, other formats, seeds, and what cannot be read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from castbench.cli import main
+from castbench.evaluation.new_crystals import make_caches
+from castbench.evaluation.predict import predict
+from castbench.materials.readers import read_records
+from castbench.materials.records import Columns, to_table
+from castbench.materials.splits import write_split
+from castbench.provenance import write_json
+from castbench.text.encoders import prefetch_encoder
+from castbench.text.states import embed_text
+from castbench.training.train import train_model
+from small_study import ARCHITECTURE, write_encoder
+
+MODELS = {"structure_only": [0, 1, 2], "cast_scratch": [0], "text_only": [0]}
+TRAINING: dict[str, Any] = {
+    "epochs": 2, "batch_size": 5, "learning_rate": 1e-2, "lora_learning_rate": 1e-2, "weight_decay": 0.0,
+    "loss": "l1", "warmup_steps": 0, "cycles": 1, "precision": "32-true", "device": "cpu", "threads": 1,
+}  # fmt: skip
+FORMATS = ("POSCAR", "a.vasp", "b.cif", "c.json", "d.xsf", "e.jsonl", "f.cif.gz")
+UNIT = "total_energy (eV/atom)"
+
+
+@pytest.fixture(scope="module")
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """results/{dataset} of 36 bundled crystals, from graphs and texts to trained runs."""
+    results = tmp_path_factory.mktemp("predict") / "results" / "small"
+    results.mkdir(parents=True)
+    records = list(read_records(root / "workflow/resources/demo/crystals.jsonl.zst"))[::4][:36]
+    kept = [Columns({}).read(record, name, "demo") for name, record in records]
+    ids, materials = [material.material_id for material in kept], results / "materials.parquet"
+    pq.write_table(to_table(kept), materials)
+    split = results / "splits" / "total_energy.json"
+    lists = {"train": ids[:20], "validation": ids[20:25], "test": ids[:24:-1]}  # 11 in another order
+    write_split(split, "total_energy", lists, 0, [0.6, 0.1, 0.3], None)
+    write_encoder(results / "bert")
+    prefetch_encoder(str(results / "bert"), results.parent / "encoders" / "tiny")
+    encoder = results.parent / "encoders" / "tiny"
+    # The stages read their settings from here, where there is nothing yet.
+    write_json(results / "graphs" / "manifest.json", {"settings": {"neighbours": 24, "symprec": 1e-4}})
+    write_json(results / "tokens" / "manifest.json", {"format": 1, "files": {}, "max_tokens": 150})
+    make_caches(materials, results, results, encoder)
+    for model, seeds in MODELS.items():
+        remaining = int(model == "text_only")
+        states = results / "text_states" / str(remaining)
+        if not states.exists():
+            embed_text(results / "tokens", encoder, remaining, states)
+        settings = {"dataset": "small", "model": model, "architecture": ARCHITECTURE, "training": TRAINING}
+        train_model(
+            settings, model, "total_energy", seeds, materials, split, results / "graphs", results / "tokens",
+            states, encoder, [], results / "runs" / "total_energy" / model, 1,
+        )  # fmt: skip
+    return results
+
+
+def run_of(study: Path, model: str) -> Path:
+    return study / "runs" / "total_energy" / model
+
+
+def truth(study: Path, model: str, seed: int = 0) -> pd.DataFrame:
+    """The run's own test predictions."""
+    table = pd.read_parquet(run_of(study, model) / str(seed) / "predictions.parquet")
+    return table[table["split"] == "test"].reset_index(drop=True)
+
+
+def test_rows(study: Path, output: Path, ids: list[str]) -> Path:
+    """A table of materials in this order."""
+    table = pq.read_table(study / "materials.parquet")
+    places = {identifier: row for row, identifier in enumerate(table["material_id"].to_pylist())}
+    pq.write_table(table.take([places[identifier] for identifier in ids]), output)
+    return output
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]
+
+
+def structures(study: Path, ids: list[str]) -> dict[str, Structure]:
+    table = pd.read_parquet(study / "materials.parquet").set_index("material_id")["structure"]
+    return {
+        identifier: Structure(
+            Lattice(np.reshape(table[identifier]["lattice"], (3, 3))),
+            list(table[identifier]["species"]),
+            np.reshape(table[identifier]["frac_coords"], (-1, 3)),
+        )
+        for identifier in ids
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_runs_own_test_crystals_get_its_own_bits(study, tmp_path, model):
+    own = truth(study, model)
+    rows = test_rows(study, tmp_path / "test.parquet", own["material_id"].tolist())
+    output = tmp_path / "found.csv"
+    assert main(["predict", str(run_of(study, model) / "0"), str(rows), "--output", str(output)]) == 0
+    found = pd.read_csv(output, float_precision="round_trip")
+    assert found["id"].tolist() == own["material_id"].tolist()
+    np.testing.assert_array_equal(found[UNIT], own["y_pred"])
+    np.testing.assert_array_equal(found["seed 0 (eV/atom)"], own["y_pred"])
+    assert found["std over seeds (eV/atom)"].isna().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.csv", "test.parquet"]
+
+
+@pytest.mark.parametrize("model", ["structure_only", "cast_scratch"])
+def test_other_company_and_cif_files_change_the_last_digits_alone(study, tmp_path, model):
+    own = truth(study, model).set_index("material_id")["y_pred"]
+    for identifier, structure in structures(study, own.index[:4].tolist()).items():
+        structure.to_file(str(tmp_path / f"{identifier}.cif"))
+    predict(run_of(study, model) / "0", [tmp_path], output=tmp_path / "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet").set_index("id")
+    assert len(found) == 4
+    np.testing.assert_allclose(found[UNIT], own[found.index], rtol=2e-4)
+    assert found["source"].iloc[0] == str(tmp_path / f"{found.index[0]}.cif")
+
+
+def test_a_models_folder_predicts_with_all_seeds(study, tmp_path, caplog):
+    ids = truth(study, "structure_only")["material_id"].tolist()
+    rows = test_rows(study, tmp_path / "test.parquet", ids)
+    model = shutil.copytree(run_of(study, "structure_only"), tmp_path / "r/runs/total_energy/structure_only")
+    shutil.copytree(study / "graphs", tmp_path / "r/graphs")
+    with caplog.at_level("INFO"):
+        predict(model, [rows], output=tmp_path / "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    own = np.stack([truth(study, "structure_only", seed)["y_pred"] for seed in (0, 1, 2)])
+    np.testing.assert_array_equal(found[[f"seed {seed} (eV/atom)" for seed in (0, 1, 2)]].T, own)
+    np.testing.assert_array_equal(found[UNIT], own.mean(axis=0))
+    np.testing.assert_array_equal(found["std over seeds (eV/atom)"], own.std(axis=0, ddof=1))
+    assert "over 3 seeds" in caplog.text
+    record = json.loads((model / "1" / "metrics.json").read_text())
+    write_json(model / "1" / "metrics.json", record | {"status": "failed", "reason": "loss is not finite"})
+    predict(model, [rows], output=tmp_path / "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    assert "seed 1 (eV/atom)" not in found
+    np.testing.assert_array_equal(found[UNIT], own[[0, 2]].mean(axis=0))
+    assert "1: failed, loss is not finite; left out" in caplog.text
+
+
+def test_every_format_of_a_crystal_predicts_the_same(study, tmp_path):
+    identifier = truth(study, "structure_only")["material_id"][0]
+    structure = structures(study, [identifier])[identifier].get_sorted_structure()
+    files = [tmp_path / name for name in FORMATS]
+    for file in files[:3] + files[4:5]:
+        structure.to_file(str(file), fmt="poscar" if file.name in ("POSCAR", "a.vasp") else "")
+    files[3].write_text(json.dumps(structure.as_dict(), indent=1))
+    files[5].write_text(json.dumps({"id": "e", "structure": structure.as_dict()}) + "\n")
+    structure.to_file(str(files[6]), fmt="cif")
+    predict(run_of(study, "structure_only") / "0", files, output=tmp_path / "out" / "found.parquet")
+    found = pd.read_parquet(tmp_path / "out" / "found.parquet")
+    assert found["id"].tolist() == ["POSCAR", "a", "b", "c", "d", "e", "f.cif"]
+    np.testing.assert_allclose(found[UNIT], found[UNIT][3], rtol=1e-4)
+
+
+def test_what_cannot_be_read_costs_a_line_and_the_rest_goes_on(study, tmp_path, capsys):
+    identifier = truth(study, "structure_only")["material_id"][0]
+    good = structures(study, [identifier])[identifier]
+    good.to_file(str(tmp_path / "good.cif"))
+    (tmp_path / "broken.cif").write_text("data_x\nnothing\n")
+    (tmp_path / "notes.txt").write_text("no crystal\n")
+    disordered = Structure(Lattice.cubic(4), [{"Fe": 0.5, "Ni": 0.5}], [[0, 0, 0]])
+    disordered.to_file(str(tmp_path / "alloy.cif"))
+    names = ["good.cif", "broken.cif", "notes.txt", "alloy.cif", "absent.cif"]
+    output = tmp_path / "found.csv"
+    run = run_of(study, "structure_only") / "0"
+    assert main(["predict", str(run), *(str(tmp_path / n) for n in names), "--output", str(output)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 5
+    for name, line in zip(names[1:], errors, strict=False):
+        assert name in line and line.endswith("; no prediction")
+    assert "4 of 5 crystals have no prediction" in errors[-1] and "has the others" in errors[-1]
+    assert pd.read_csv(output)["id"].tolist() == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ("runs/total_energy/cast", "no finished run is here; give results/DATASET/runs/TARGET/MODEL"),
+        ("pretraining", "is a pretraining"),
+        ("formulas", "reads formulas; use screen_compositions"),
+    ],
+)
+def test_what_predicts_no_crystals_is_said_in_one_line(study, tmp_path, capsys, run, reason):
+    write_json(tmp_path / "pretraining" / "0" / "metrics.json", {"status": "finished", "objective": "x"})
+    write_json(tmp_path / "formulas" / "0" / "metrics.json", {"status": "finished", "model": "crabnet"})
+    folder = study / run if run.startswith("runs") else tmp_path / run
+    assert main(["predict", str(folder), str(study / "materials.parquet")]) == 2
+    assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_nothing_to_predict_is_an_error(study, tmp_path, capsys):
+    assert main(["predict", str(run_of(study, "structure_only")), str(tmp_path / "absent.cif")]) == 2
+    assert "none of the 1 crystals can be read" in capsys.readouterr().err

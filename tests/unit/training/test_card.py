@@ -1,0 +1,90 @@
+"""The model card says what the record says, in the Hub's form."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from castbench.deviations import deviations
+from castbench.training.card import model_card
+from composition_data import aggregated, composition_settings, rows, split
+from training_jobs import run_job, words
+
+
+def read(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Metadata and text of the card of a run, and the run's record."""
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body, json.loads((folder / "metrics.json").read_text())
+
+
+def run(data, output: Path, **training: Any) -> Path:
+    assert run_job(data.train("crysmmnet_frozen", output, **training)) == 0
+    return output / "0"
+
+
+def test_a_finished_run_has_its_scores_with_units(data, tmp_path):
+    head, body, record = read(run(data, tmp_path, epochs=1))
+    assert head["library_name"] == "castbench" and "crystals" in head["tags"] and "license" not in head
+    assert head["base_model"] == record["text_encoder"]["id"]
+    (result,) = head["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "invented" and result["task"]["name"] == "total_energy"
+    by_type = {metric["type"]: metric for metric in result["metrics"]}
+    assert by_type["mae"] == {"type": "mae", "name": "MAE (eV/atom)", "value": record["test"]["mae"]}
+    assert f"| total_energy | test | 6 | MAE (eV/atom) | {record['test']['mae']:.6g} |" in body
+    assert f"| total_energy | validation | 6 | RMSE (eV/atom) | {record['validation']['rmse']:.6g} |" in body
+    assert "# CrysMMNet (frozen), Total energy (eV/atom), invented, seed 0" in body
+    assert "27 train, 6 validation, 6 test crystals; 1 dropped (no graph)" in body
+    assert record["commit"] in body and record["inputs"]["graphs"] in body
+    for entry in deviations("cast"):
+        assert f"- {entry['id']}: " in body
+    for section in ("## Use", "## Limits", "## Training"):
+        assert section in body
+
+
+def test_a_failed_run_says_so_and_has_no_score(data, tmp_path):
+    head, body, record = read(run(data, tmp_path, learning_rate=1e38))
+    assert record["status"] == "failed" and "model-index" not in head
+    assert "**This run is failed: training loss is not finite at step" in body and "## Results" not in body
+
+
+def test_a_pretraining_predicts_nothing(data, tmp_path):
+    assert run_job(data.pretrain("contrastive", tmp_path / "0")) == 0
+    head, body, record = read(tmp_path / "0")
+    assert "model-index" not in head
+    assert f"| contrastive | validation | 6 | accuracy | {record['validation']['accuracy']:.6g} |" in body
+    assert "they predict no property" in body
+
+
+def test_a_model_of_formulas_has_numbers_and_classes(tmp_path):
+    folder = aggregated(tmp_path, rows())
+    split(folder)
+    command = words(
+        "train_compositions",
+        settings=composition_settings(epochs=1),
+        model="edm_transformer",
+        seeds=[0],
+        compositions=folder / "compositions.parquet",
+        split=folder / "split.json",
+        output=tmp_path / "runs",
+        threads=1,
+    )
+    assert run_job(command) == 0
+    head, body, record = read(tmp_path / "runs" / "0")
+    gap, stability = head["model-index"][0]["results"]
+    assert gap["metrics"][0]["value"] == record["scores"]["band_gap"]["test"]["mae"]
+    assert gap["metrics"][0]["name"] == "MAE (eV)" and stability["task"]["type"] == "classification"
+    assert "formulas" in head["tags"] and "polymorphs get one answer" in body
+    assert all(entry["id"] in body for entry in deviations("compositions"))
+
+
+@pytest.mark.parametrize("status", ["skipped", "failed"])
+def test_equal_records_have_equal_cards_and_odd_reasons_stay_text(status):
+    record = {
+        "dataset": "a: b", "model": "cast", "target": "band_gap", "seed": 1, "status": status, "n": {},
+        "reason": "no: --- reason", "commit": "c", "versions": {"torch": "2"},
+    }  # fmt: skip
+    card = model_card(record, {})
+    assert card == model_card(dict(reversed(record.items())), {})
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "castbench"
