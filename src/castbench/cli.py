@@ -39,6 +39,8 @@ VERBS = {
     "plot_attention": "castbench.report.attention",
     "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
+    "archive_results": "castbench.report.archive",
+    "predict_cost": "castbench.report.prediction",
     "explain": "castbench.report.explain",
     "collect_compositions": "castbench.compositions.collect",
     "aggregate_compositions": "castbench.compositions.collect",

@@ -4,7 +4,9 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,28 @@ def test_nothing_is_left_to_do(finished: Path, snakemake):
     assert "Nothing to be done" in snakemake(finished, *PRESET, "-n").stdout
 
 
+def test_the_report_rebuilds_from_an_archive_alone(finished: Path, snakemake, tmp_path: Path):
+    ended = snakemake(finished, "archive", *PRESET)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    with zipfile.ZipFile(finished / "results/smoke/archive.zip") as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "castbench-smoke"
+    listed = json.loads((folder / "archive.json").read_text())["files"]
+    assert {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listed} == listed
+    assert not list(folder.rglob("*.safetensors"))  # nothing to train or to read weights with
+    results = folder / "results/smoke"
+    expected = (results / "report.html").read_bytes()
+    assert expected == (finished / "results/smoke/report.html").read_bytes()
+    (results / "report.html").unlink()
+    shutil.rmtree(results / "tables")
+    shutil.rmtree(results / "figures")
+    command = re.search(r"^    snakemake (.*)$", (folder / "ARCHIVE.md").read_text(), re.M)
+    assert command
+    ended = snakemake(folder, *shlex.split(command[1]))
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    assert (results / "report.html").read_bytes() == expected
+
+
 def test_touched_caches_rerun_nothing(finished: Path, snakemake):
     results = finished / "results/smoke"
     caches = [results / "materials.parquet", results / "descriptions.parquet"]
@@ -112,3 +136,22 @@ def test_pretraining_never_sees_a_test_crystal(finished: Path):
     assert not train & held_out
     record = json.loads((results / "pretrain/masked_node/0/metrics.json").read_text())
     assert record["n"]["train"] == len(train)
+
+
+def test_the_cost_of_the_papers_run_is_predicted(finished: Path, snakemake):
+    ended = snakemake(finished, "results/smoke/predicted_cost.json", *PRESET)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    cost = json.loads((finished / "results/smoke/predicted_cost.json").read_text())
+    assert cost["stages"]["train_model"]["jobs"] == 28
+    assert cost["crystals"] == 114398
+    walls = {int(n): wall["hours"] for n, wall in cost["wall"].items()}
+    assert walls[1] > walls[8] >= walls[64] > 0
+    assert cost["device_hours"] / 64 < walls[64]
+    assert any("text_encoder" in note for note in cost["notes"])
+
+
+def test_a_run_folder_holds_few_files(finished: Path):
+    runs = finished / "results/smoke/runs/total_energy/cast"
+    for seed in ("0", "1"):
+        files = [*(runs / seed).iterdir(), *(runs / "checkpoints" / seed).iterdir()]
+        assert len(files) < 10
