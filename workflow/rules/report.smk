@@ -163,8 +163,6 @@ rule render_report:
 rule archive_results:
     """One file from which the report rebuilds without training."""
     input:
-        all_metrics,
-        all_pretraining_metrics,
         report="results/{dataset}/report.html",
     output:
         "results/{dataset}/archive.zip",

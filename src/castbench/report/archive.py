@@ -19,14 +19,21 @@ ROOT = Path(__file__).resolve().parents[3]
 CODE = ("Snakefile", "config.yaml", "pyproject.toml", "requirements.lock", "Makefile", "README.md",
         "CONTRIBUTING.md", "LICENSE", "envs", "workflow", "src")  # fmt: skip
 # Under the results: what the rules below read or write. Weights, checkpoints and caches are left out.
+RUNS = ("runs/*/*/[0-9]*", "pretrain/*/[0-9]*", "composition_runs/*/[0-9]*")
+RECORDS = ("metrics.json", "cost.json", "config.json", "history.csv", "predictions.parquet")
 RESULTS = (
-    "report.html", "tables/*", "figures/*", "attention/*", "splits/*.json",
+    "report.html", "tables/*", "figures/*", "attention/*", "attention/probes/*", "splits/*.json",
     "materials.parquet", "materials/manifest.json", "funnel.json", "descriptions.json",
     "graphs/manifest.json", "graphs/index.parquet", "tokens/manifest.json", "tokens/index.parquet",
-    *(f"{runs}/{file}" for runs in ("runs/*/*/[0-9]*", "pretrain/*/[0-9]*")
-      for file in ("metrics.json", "cost.json", "config.json", "history.csv", "predictions.parquet")),
+    "compositions.parquet", "compositions/manifest.json", "screening/*",
+    *(f"{runs}/{file}" for runs in RUNS for file in RECORDS),
 )  # fmt: skip
-RULES = "aggregate_runs plot_dataset plot_results plot_attention render_report"
+# From records to the report, by study.
+RULES = {
+    "cast": "aggregate_runs tabulate_evidence plot_dataset plot_results plot_attention plot_evidence"
+    " render_report",
+    "compositions": "tabulate_compositions plot_compositions render_composition_report",
+}
 READ_ME = """\
 # {dataset}: an archive of castbench {commit}
 
@@ -56,8 +63,9 @@ def archive_results(settings: dict[str, Any], results: Path, output: Path) -> No
     files = {str(path.relative_to(ROOT)): path for path in code_files()}
     packed = sorted(path for pattern in RESULTS for path in results.glob(pattern) if path.is_file())
     files |= {f"results/{dataset}/{path.relative_to(results)}": path for path in packed}
+    rules = RULES[settings["study"]]
     command = (
-        f"snakemake --cores 1 --configfile configuration.yaml --allowed-rules {RULES} --forcerun {RULES}"
+        f"snakemake --cores 1 --configfile configuration.yaml --allowed-rules {rules} --forcerun {rules}"
         f" -- results/{dataset}/report.html"
     )
     checksums = {name: sha256_file(path) for name, path in sorted(files.items())}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from castbench.errors import InputError
-from castbench.report.archive import archive_results
+from castbench.report.archive import RULES, archive_results
 
 
 @pytest.fixture
@@ -16,6 +16,7 @@ def results(tmp_path: Path) -> Path:
     for name in ("report.html", "tables/table1.csv", "runs/total_energy/cast/0/metrics.json",
                  "runs/total_energy/cast/0/model.safetensors",
                  "runs/total_energy/cast/checkpoints/0/1.safetensors",
+                 "attention/probes/cast.parquet", "screening/candidates.parquet",
                  "graphs/index.parquet", "graphs/distances.npy", "logs/train_model.log"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -24,7 +25,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_records_code_and_environment_are_in_and_weights_are_not(results: Path, tmp_path: Path):
     output = tmp_path / "archive.zip"
-    archive_results({"dataset": "invented", "targets": ["total_energy"]}, results, output)
+    archive_results({"dataset": "invented", "study": "cast"}, results, output)
     with zipfile.ZipFile(output) as archive:
         names = {name.removeprefix("castbench-invented/") for name in archive.namelist()}
         listed = json.loads(archive.read("castbench-invented/archive.json"))
@@ -35,18 +36,24 @@ def test_records_code_and_environment_are_in_and_weights_are_not(results: Path, 
         f"results/invented/{name}"
         for name in (
             "report.html", "tables/table1.csv", "runs/total_energy/cast/0/metrics.json",
-            "graphs/index.parquet",
+            "graphs/index.parquet", "attention/probes/cast.parquet", "screening/candidates.parquet",
         )
     }  # fmt: skip
     assert set(listed["files"]) == names - {"archive.json", "ARCHIVE.md", "configuration.yaml"}
     assert not [name for name in names if "/." in name or "__pycache__" in name]
     assert "results/invented/report.html" in command
     first = output.read_bytes()
-    archive_results({"dataset": "invented", "targets": ["total_energy"]}, results, output)
+    archive_results({"dataset": "invented", "study": "cast"}, results, output)
     assert output.read_bytes() == first
+
+
+@pytest.mark.parametrize("study", RULES)
+def test_the_rules_that_rebuild_a_report_exist(root: Path, study: str):
+    known = "".join(file.read_text() for file in (root / "workflow/rules").glob("*.smk"))
+    assert all(f"\nrule {rule}:" in known for rule in RULES[study].split())
 
 
 def test_there_must_be_a_report(results: Path, tmp_path: Path):
     (results / "report.html").unlink()
     with pytest.raises(InputError, match="no report"):
-        archive_results({"dataset": "invented"}, results, tmp_path / "archive.zip")
+        archive_results({"dataset": "invented", "study": "cast"}, results, tmp_path / "archive.zip")
