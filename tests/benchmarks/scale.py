@@ -7,8 +7,8 @@ plan: dry runs in a copy of the project whose lists of targets and models are ma
 own, and whose data are a local file. The alternative is a job a seed, with the seed as a wildcard of
 train_model, where castbench has a job train all seeds of a model on a target.
 
-predict: runs the smoke preset for some epochs, predicts from its records the same preset for three times as
-many, runs that too, and compares.
+predict: runs the smoke preset with texts cut at 64 tokens, predicts from its records one with whole texts,
+larger models and twice the epochs, runs that too, and compares.
 """
 
 import argparse
@@ -27,6 +27,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ("Snakefile", "config.yaml", "workflow", "src", "envs")
 PAPER = {"targets": 4, "models": 7, "seeds": 3}
+LARGER = {  # than the smoke preset's
+    "cogn": {"width": 64, "depth": 3},
+    "lora": {"rank": 4, "layers": 3},
+    "cross_attention": {"layers": 3, "heads": 4, "width": 64, "feedforward": 128},
+}
 WIDE = """
 # Added by tests/benchmarks/scale.py: copies of the models and targets.
 for _i in range({models}):
@@ -141,9 +146,10 @@ def predict(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as parent:
         folder = copy(Path(parent) / "castbench")
         presets = ["config.yaml", "workflow/presets/smoke.yaml"]
-        for name, factor in (("pilot", 1), ("planned", 3)):
-            overlay = {"dataset": name, "training": {"epochs": factor * arguments.epochs}}
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
+        pilot = {"training": {"epochs": arguments.epochs}, "max_tokens": 64}
+        planned = {"training": {"epochs": 2 * arguments.epochs}, "architecture": LARGER}
+        for name, overlay in (("pilot", pilot), ("planned", planned)):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump({"dataset": name, **overlay}))
         for name in ("pilot", "planned"):
             start = time.perf_counter()
             snakemake(folder, "--cores", "2", "--configfile", *presets[1:], f"{name}.yaml")

@@ -16,7 +16,7 @@ from cluster import slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("workflow/presets/smoke.yaml", "tests/cluster/small.yaml")
-PROFILE = ("--workflow-profile", "workflow/profiles/slurm")
+PROFILE = ("--workflow-profile", "workflow/profiles/mine")
 # Only how often Slurm is asked, and whom: accounting is off in the test cluster.
 QUICK = (
     "--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "3",
@@ -40,6 +40,20 @@ def copy(folder: Path) -> Path:
     if encoders.is_dir():
         shutil.copytree(encoders, folder / "results" / "encoders", dirs_exist_ok=True)
     return folder
+
+
+def fill_in(folder: Path) -> None:
+    """Copy the profile as its README says: trainings with a limit of a few minutes and caches on the node's disk.
+
+    Slurm looks at time limits twice a minute, so that the signal comes 90 to 120 s before the end.
+    """
+    theirs, mine = (folder / "workflow/profiles" / name for name in ("slurm", "mine"))
+    shutil.copytree(theirs, mine)
+    text = (mine / "config.yaml").read_text()
+    for old, new in (("runtime: 480 * attempt", "runtime: 3 * attempt"), ("# stage: 1", "stage: 1")):
+        assert text.count(old) == 2, old
+        text = text.replace(old, new)
+    (mine / "config.yaml").write_text(text)
 
 
 def snakemake(folder: Path, *arguments: str, presets: tuple[str, ...] = PRESETS) -> subprocess.Popen[str]:
@@ -97,10 +111,12 @@ def start_local(folder: Path, local: Path) -> subprocess.Popen[str]:
     return snakemake(local, "--cores", "1", "--", "results/cluster/tables/table1.csv")
 
 
-def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
-    cluster: slurm.Cluster, tmp_path: Path
+def test_a_run_with_jobs_out_of_time_killed_and_a_dead_node_gives_the_tables_of_a_local_one(
+    cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     folder, beside = (copy(tmp_path / name / "castbench") for name in ("slurm", "local"))
+    fill_in(folder)
     started = time.monotonic()
     run = snakemake(folder, *PROFILE, *QUICK)
 
@@ -109,14 +125,18 @@ def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
 
     local = None
     try:
-        # Preemption: a training gets SIGTERM, writes a checkpoint, and Snakemake submits it again.
+        # The time limit: Slurm's signal comes before the end, a training writes a checkpoint, and Snakemake
+        # submits it again, with more time.
         until(lambda: " epoch " in log_of(folder, "structure_only"), "a training")
         job = training_jobs(cluster)["structure_only"]
-        cluster.ask("scancel", "--signal=TERM", job)
-        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "its checkpoint")
+        assert cluster.ask("squeue", "-ho", "%l", "-j", job) == "3:00"
+        assert "graphs: 0.00 GB copied to " in log_of(folder, "structure_only")
+        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "the time limit")
         assert list((folder / RUNS / "structure_only/checkpoints/0").glob("*.safetensors"))
         until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
-        assert training_jobs(cluster)["structure_only"] != job
+        again = training_jobs(cluster)["structure_only"]
+        assert again != job
+        assert cluster.ask("squeue", "-ho", "%l", "-j", again) == "6:00"
         # The node dies with all that runs on it and comes back; Slurm itself starts the same job again.
         until(lambda: " epoch " in log_of(folder, "crysmmnet_frozen"), "the second training")
         local = start_local(folder, beside)
@@ -150,36 +170,49 @@ CARDS = """
 rule everything:
     default_target: True
     input:
-        expand("{form}/{i}", form=["gpus", "gres"], i=range(2)),
+        expand("{form}/{i}", form=["gpus", "gres"], i=range(5)),
 rule gpus:
     output:
         "gpus/{i}",
     resources:
         gpu=1,
     shell:
-        "echo $CUDA_VISIBLE_DEVICES > {output}; sleep 12"
-rule gres:
-    input:
-        "gpus/{i}",
+        "mkdir card$CUDA_VISIBLE_DEVICES; sleep 8; rmdir card$CUDA_VISIBLE_DEVICES;"
+        " echo $CUDA_VISIBLE_DEVICES > {output}"
+use rule gpus as gres with:
     output:
         "gres/{i}",
-    resources:
-        gpu=1,
-    shell:
-        "echo $CUDA_VISIBLE_DEVICES > {output}; sleep 12"
 """
 
 
-def test_both_ways_to_ask_for_a_card_give_every_job_its_own(cluster: slurm.Cluster, tmp_path: Path):
+@pytest.mark.parametrize("cap", [4, 1])
+def test_more_jobs_than_cards_never_share_one_and_stay_below_the_cap(
+    cluster: slurm.Cluster, tmp_path: Path, cap: int
+):
+    """Two cards, ten jobs that ask for one in both ways; a job fails where another one is on its card."""
     folder = tmp_path / "cards"
     folder.mkdir()
     (folder / "Snakefile").write_text(CARDS)
     profile = str(ROOT / "workflow/profiles/slurm")
     form = ("--set-resources", "gres:gpu=0", "gres:gres=gpu:1", "gres:card=1")
-    run = snakemake(folder, "--workflow-profile", profile, *QUICK, *form, presets=())
+    options = ("--resources", f"gpu={cap}", f"card={cap}", "--retries", "0")
+    wanted = () if cap > 1 else ("--", *(f"gpus/{i}" for i in range(3)))
+    run = snakemake(folder, "--workflow-profile", profile, *QUICK, *form, *options, *wanted, presets=())
+    queued, running = 0, 0
     try:
-        assert run.wait(200) == 0, folder.with_suffix(".out").read_text()[-8000:]
+        end = time.monotonic() + 300
+        while run.poll() is None and time.monotonic() < end:
+            states = cluster.ask("squeue", "-ho", "%T").splitlines()
+            queued, running = max(queued, len(states)), max(running, states.count("RUNNING"))
+            time.sleep(0.5)
+        assert run.wait(1) == 0, folder.with_suffix(".out").read_text()[-8000:]
     finally:
         run.kill()
-    for asked in ("gpus", "gres"):
-        assert {(folder / asked / str(i)).read_text().strip() for i in range(2)} == {"0", "1"}
+    if cap == 1:
+        assert queued == 1
+    else:
+        assert running == 2  # of more that are in the queue
+        assert 2 < queued <= 2 * cap  # each of the two ways has a cap of its own
+        for asked in ("gpus", "gres"):
+            cards = {(folder / asked / str(i)).read_text().strip() for i in range(5)}
+            assert cards == {"0", "1"}

@@ -1,14 +1,17 @@
 """What a planned run will take (device hours, disk, wall time), and what limits it, from a finished run.
 
-Every number is measured on the finished run and scaled: descriptions, graphs and token states by crystals,
-training by crystals and epochs. Sizes of models and texts are not scaled: where plan and measurement differ,
-a note says so, and a pilot (the plan on a sample, for few epochs, on the planned hardware) gives sound rates.
+Every rate is measured (rates.py). Training: seconds a step and seconds a multiply-add (work.py) are fitted to
+all runs, and what a model takes beyond that fit stays its own factor; they are multiplied by the steps and
+multiply-adds of the plan's models, texts and graphs. Token states grow with multiply-adds too, describing and
+graphs with nodes, tokenizing with tokens. Notes say how far that extrapolates; a pilot (the plan on a sample,
+for few epochs, on the planned hardware) extrapolates least.
 """
 
 import heapq
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,33 @@ import yaml
 
 from castbench import config as meaning
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import RESOURCES, read_json
+from castbench.evaluation.aggregate import RESOURCES
 from castbench.provenance import write_json
+from castbench.report.rates import Rates, crystal_sizes, mean_size, measure, read_shape, train_ids
+from castbench.report.work import CrystalSize, EncoderShape, embedding_work, mean_of_cut, step_work
 
 log = logging.getLogger(__name__)
 
 HOUR = 3600
-# Settings that change neither the work of a step nor its size.
-FREE = ("dataset", "model", "objective", "seed", "target", "epochs", "learning_rate",
-        "lora_learning_rate", "weight_decay", "loss", "warmup_steps", "cycles",
-        "mask_probability", "temperature", "alpha")  # fmt: skip
+SMALL = 1000  # crystals
+GRAPH_CORES = 8  # of build_graphs in the profiles
+# Settings that change neither the time of a step nor its size, and those that steps and multiply-adds follow.
+FREE = ("dataset", "model", "objective", "seed", "target", "learning_rate", "lora_learning_rate",
+        "weight_decay", "loss", "warmup_steps", "cycles", "mask_probability", "temperature", "alpha",
+        "dropout", "device")  # fmt: skip
+SCALED = (
+    "epochs",
+    "batch_size",
+    "text",
+    "width",
+    "depth",
+    "layers",
+    "feedforward",
+    "heads",
+    "hidden",
+    "rank",
+)
+SHAPES = {"minilm": EncoderShape(6, 384, 1536), "matscibert": EncoderShape(12, 768, 3072)}
 
 
 def predict_cost(
@@ -50,16 +70,22 @@ def predict_cost(
         speedup: how many times faster the planned device trains than the measured one.
 
     Raises:
-        InputError: the run lacks what a prediction needs.
+        InputError: the run lacks what a prediction needs, or the plan is of the composition study.
     """
     config: dict[str, Any] = {}
     for file in plan:
         if not file.is_file():
             raise InputError(f"{file}: no such configuration file")
         config = merged(config, yaml.safe_load(file.read_text(encoding="utf-8")))
+    if config["study"] != "cast":
+        raise InputError(
+            f"study {config['study']}: only the study of crystals is foreseen; the composition study takes"
+            " minutes, and the cost.json of its runs say how many"
+        )
     rates = measure(results)
+    shape = planned_shape(config, results)
     sizes = planned_sizes(config, rates, results, crystals)
-    jobs = planned_jobs(config, rates, sizes, speedup)
+    jobs = planned_jobs(config, rates, sizes, shape, speedup)
     stages = stage_hours(jobs)
     walls = {}
     for n in gpus or (1, 8, 64):
@@ -74,173 +100,106 @@ def predict_cost(
         "measured": {"results": results.name, "device": rates.device, "crystals": rates.crystals},
         "crystals": sizes.crystals,
         "trained_on": sizes.train,
+        "mean_size": {target: asdict(size) for target, size in sizes.of.items()},
         "stages": stages,
         "device_hours": sum(job.seconds for job in jobs if job.device) / HOUR,
         "core_hours": sum(job.seconds * job.cores for job in jobs if not job.device) / HOUR,
-        "disk_gb": planned_disk(config, rates, sizes),
+        "disk_gb": planned_disk(config, rates, sizes, shape),
         "wall": walls,
-        "notes": differences(config, rates, speedup),
+        "notes": differences(config, rates, sizes, shape, speedup),
     }
     write_json(output, prediction)
     print(text(prediction, cores), end="")
 
 
-@dataclass
-class Rates:
-    """What the finished run took."""
-
-    crystals: int
-    device: str
-    describe: float  # core seconds a crystal
-    graphs: float  # core seconds a crystal
-    tokenize: float  # seconds a crystal
-    embed: float  # seconds a crystal; 0 where nothing is embedded
-    start: float  # seconds of a training job outside of its training: imports, opening caches
-    start_describe: float  # likewise of a shard of descriptions
-    train: dict[str, float] = field(default_factory=dict)  # seconds a crystal and epoch, by model
-    pretrain: dict[str, float] = field(default_factory=dict)  # likewise, by objective
-    share: float = 0.0  # of the crystals that are pretrained on
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # config.json by model or objective
-    n: dict[str, int] = field(default_factory=dict)  # training crystals by target
-    caches: float = 0.0  # bytes a crystal of data and caches
-    run: float = 0.0  # bytes of a run folder and its checkpoints
-    encoder: str = ""
-    tokens: float = 0.0  # mean length of a text, uncut
-
-
-def measure(results: Path) -> Rates:
-    """Read what a finished run took.
+def planned_shape(config: dict[str, Any], results: Path) -> EncoderShape:
+    """Sizes of the plan's text encoder: of its files, or as published.
 
     Raises:
-        InputError: it has no records, or lacks a file that a prediction needs.
+        InputError: neither is known.
     """
-    descriptions = needed(results / "descriptions.json")
-    tokens, graphs = needed(results / "tokens/manifest.json"), needed(results / "graphs/manifest.json")
-    crystals = descriptions["n"]
-    rates = Rates(
-        crystals=crystals,
-        device="",
-        describe=descriptions["seconds"]["total"] / crystals,
-        graphs=needed(results / "graphs/cost.json")["cpu_seconds"] / graphs["n_graphs"],
-        tokenize=needed(results / "tokens/cost.json")["seconds"] / crystals,
-        embed=0.0,
-        start=0.0,
-        start_describe=0.0,
-        encoder=tokens["encoder"]["id"],
-        tokens=tokens["n_tokens_full_mean"],
+    folder = results.parent / "encoders" / meaning.encoder_folder(config).name
+    if (folder / "config.json").is_file():
+        return read_shape(folder)
+    if config["text_encoder"] in SHAPES:
+        return SHAPES[config["text_encoder"]]
+    raise InputError(
+        f"text_encoder {config['text_encoder']}: its size is not known; run prefetch_encoder first"
     )
-    embedded = [read_json(file)["seconds"] for file in results.glob("text_states/*/cost.json")]
-    rates.embed = max(embedded, default=0.0) / crystals
-    records = list(finished(results / "runs", "*/*")) + list(finished(results / "pretrain", "*"))
-    if not records:
-        raise InputError(f"{results}: no finished training to predict from; run the workflow first")
-    spent: dict[str, tuple[float, float]] = {}
-    for folder, record, cost, settings in records:
-        name = record.get("model") or record["objective"]
-        seconds, work = spent.get(name, (0.0, 0.0))
-        spent[name] = seconds + cost["seconds"], work + record["n"]["train"] * record["epochs"]
-        rates.settings[name] = settings
-        rates.device = device_name(cost["hardware"])
-        if "target" in record:
-            rates.n[record["target"]] = record["n"]["train"]
-        else:
-            rates.share = record["n"]["train"] / crystals
-        rates.run = max(rates.run, size(folder) + size(folder.parent / "checkpoints" / folder.name))
-    for name, (seconds, work) in spent.items():
-        (rates.train if name in meaning.MODELS else rates.pretrain)[name] = seconds / work
-    jobs: dict[str, float] = {}
-    for _, record, cost, _ in records:
-        if "target" in record:
-            name = f"{record['target']}.{record['model']}"
-            jobs[name] = jobs.get(name, 0.0) + cost["seconds"]
-    rates.start = overhead(results, "train_model", jobs)
-    shards = len(list((results / "descriptions").glob("*.parquet")))
-    each = descriptions["seconds"]["total"] / max(shards, 1)
-    rates.start_describe = overhead(results, "describe_shard", {str(i): each for i in range(shards)})
-    folders = ("graphs", "tokens", "text_states", "descriptions", "materials")
-    files = ("materials.parquet", "descriptions.parquet")
-    rates.caches = sum(size(results / name) for name in (*folders, *files)) / crystals
-    return rates
-
-
-def needed(file: Path) -> dict[str, Any]:
-    """A JSON file of the run.
-
-    Raises:
-        InputError: it is missing.
-    """
-    if not file.is_file():
-        raise InputError(f"{file}: missing; a prediction needs a run that has finished")
-    return read_json(file)
-
-
-Record = tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]
-
-
-def finished(folder: Path, pattern: str) -> Iterator[Record]:
-    """Folder, metrics, cost and settings of every finished run."""
-    for file in sorted(folder.glob(f"{pattern}/[0-9]*/metrics.json")):
-        record, cost = read_json(file), read_json(file.with_name("cost.json"))
-        if record.get("status") == "finished" and cost.get("seconds"):
-            yield file.parent, record, cost, read_json(file.with_name("config.json"))
-
-
-def overhead(results: Path, rule: str, inside: dict[str, float]) -> float:
-    """Mean seconds of a job of `rule` beside those in `inside`, by name: imports, opening of caches."""
-    files = {file.stem: file for file in (results / "benchmarks" / rule).glob("*.tsv")}
-    walls = {name: float(pd.read_csv(file, sep="\t").iloc[-1]["s"]) for name, file in files.items()}
-    outside = [max(0.0, wall - inside[name]) for name, wall in walls.items() if name in inside]
-    return sum(outside) / len(outside) if outside else 0.0
-
-
-def device_name(hardware: dict[str, Any]) -> str:
-    """The card, or the processor and its threads."""
-    if hardware["device"].startswith("cuda") and hardware["gpus"]:
-        return str(hardware["gpus"][0])
-    return f"{hardware['cpu']}, {hardware['threads']} thread(s)"
-
-
-def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @dataclass
 class Sizes:
-    """Crystals of the plan: all, and those of each target's training part."""
+    """Crystals of the plan: how many in all and in each target's training part, and how large they are."""
 
     crystals: int
     train: dict[str, int]
+    all: CrystalSize
+    of: dict[str, CrystalSize]
 
 
 def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals: int | None) -> Sizes:
-    """Numbers of crystals of the plan.
+    """Numbers and sizes of the plan's crystals: for the Materials Project the paper's, else the run's.
+
+    The paper's are those of Table 2; the mean length of its texts after the cut is that of a log-normal
+    distribution.
 
     Raises:
         InputError: a target of the plan was not measured, so that its number of crystals is not known.
     """
+    targets, max_tokens = config["targets"], config["max_tokens"]
+    edges = rates.size.edges / rates.size.nodes * config["graphs"]["neighbours"] / rates.neighbours
     if crystals is None and config["materials"]["source"] == "materials_project":
         table = pd.read_csv(RESOURCES / "paper" / "table2.csv")
-        train = table[table["split"] == "train"].set_index("target")["n"]
-        lacking = sorted(set(config["targets"]) - set(train.index))
-        if not lacking:
-            total = table.groupby("target")["n"].sum()[config["targets"]].max()
-            return Sizes(int(total), {target: int(train[target]) for target in config["targets"]})
-    lacking = sorted(set(config["targets"]) - set(rates.n))
+        rows = table[table["split"] == "train"].set_index("target")
+        if set(targets) <= set(rows.index):
+            of = {}
+            for target, row in rows.loc[targets].iterrows():
+                cut = mean_of_cut(row["tokens_mean"], row["tokens_std"], max_tokens)
+                of[str(target)] = CrystalSize(
+                    row["nodes_mean"], edges * row["nodes_mean"], row["tokens_mean"], cut
+                )
+            totals = table.groupby("target")["n"].sum()[targets]
+            train = {target: int(rows.loc[target, "n"]) for target in targets}
+            return Sizes(int(totals.max()), train, of[str(totals.idxmax())], of)
+    lacking = sorted(set(targets) - set(rates.n))
     if lacking:
         raise InputError(
             f"{results}: no finished run of {', '.join(lacking)}; its number of crystals is not known"
         )
     total = crystals or config["materials"]["sample"] or rates.crystals
-    return Sizes(total, {t: round(rates.n[t] * total / rates.crystals) for t in config["targets"]})
+    known = crystal_sizes(results)
+    known["n_edges"] *= config["graphs"]["neighbours"] / rates.neighbours
+    return Sizes(
+        total,
+        {t: round(rates.n[t] * total / rates.crystals) for t in targets},
+        mean_size(known, max_tokens),
+        {
+            t: mean_size(known.loc[known.index.intersection(train_ids(results, t))], max_tokens)
+            for t in targets
+        },
+    )
 
 
-def planned_disk(config: dict[str, Any], rates: Rates, sizes: Sizes) -> float:
-    """GB of caches and run folders."""
+def planned_disk(config: dict[str, Any], rates: Rates, sizes: Sizes, shape: EncoderShape) -> float:
+    """GB of caches and run folders; a token state is a row of float16."""
     runs = len(config["targets"]) * len(config["models"]) * len(config["training"]["seeds"])
     runs += len(objectives(config)) * len(config["training"]["seeds"])
-    return (rates.caches * sizes.crystals + rates.run * runs) / 1e9
+    states = len(state_layers(config)) * 2 * shape.width * sizes.all.tokens
+    each = rates.node_bytes * sizes.all.nodes + rates.token_bytes * sizes.all.tokens_full + states
+    return (each * sizes.crystals + rates.run_bytes * runs) / 1e9
+
+
+def readers(config: dict[str, Any]) -> list[str]:
+    """Models and objectives of the plan that read text."""
+    names = (*config["models"], *objectives(config))
+    return [name for name in names if meaning.text_mode(name, config) != "none"]
+
+
+def state_layers(config: dict[str, Any]) -> list[int]:
+    """Caches of token states of the plan, by the layers that they leave to the models."""
+    found = {meaning.remaining_layers(name, config) for name in readers(config)}
+    return sorted(layers for layers in found if layers is not None)
 
 
 def objectives(config: dict[str, Any]) -> list[str]:
@@ -260,53 +219,49 @@ class Job:
     device: bool = False  # a card for a plan on GPUs
 
 
-def planned_jobs(config: dict[str, Any], rates: Rates, sizes: Sizes, speedup: float) -> list[Job]:
+def planned_jobs(
+    config: dict[str, Any], rates: Rates, sizes: Sizes, shape: EncoderShape, speedup: float
+) -> list[Job]:
     """The jobs of the workflow as its rules cut them: one trains all seeds of a model on a target.
 
     Raises:
         InputError: a model or a pretraining of the plan was not measured.
     """
-    lacking = [m for m in config["models"] if m not in rates.train]
-    lacking += [o for o in objectives(config) if o not in rates.pretrain]
+    lacking = [name for name in (*config["models"], *objectives(config)) if name not in rates.factor]
     if lacking:
         raise InputError(f"no finished run of {', '.join(lacking)} to predict from; train it in a pilot")
     seeds, shards, n = config["training"]["seeds"], config["text"]["shards"], sizes.crystals
-    jobs = [
-        Job("describe_shard", "texts", rates.start_describe + rates.describe * n / shards)
-        for _ in range(shards)
-    ]
-    jobs.append(Job("build_graphs", "graphs", rates.start_describe + rates.graphs * n / 8, cores=8))
-    jobs.append(Job("tokenize_text", "tokens", rates.start + rates.tokenize * n, ("texts",)))
-    names = (*config["models"], *objectives(config))
-    readers = [name for name in names if meaning.text_mode(name, config) != "none"]
-    for layers in sorted({meaning.remaining_layers(name, config) for name in readers} - {None}, key=str):
-        jobs.append(
-            Job(
-                "embed_text",
-                f"states {layers}",
-                rates.start + rates.embed * n / speedup,
-                ("tokens",),
-                device=True,
-            )
-        )
+    describe = rates.start_describe + rates.describe * n * sizes.all.nodes / shards
+    jobs = [Job("describe_shard", "texts", describe) for _ in range(shards)]
+    build = rates.start_describe + rates.graphs * n * sizes.all.nodes / GRAPH_CORES
+    jobs.append(Job("build_graphs", "graphs", build, cores=GRAPH_CORES))
+    tokenize = rates.start + rates.tokenize * n * sizes.all.tokens_full
+    jobs.append(Job("tokenize_text", "tokens", tokenize, ("texts",)))
+    for layers in state_layers(config):
+        embed = rates.start + rates.embed * n * embedding_work(layers, shape, sizes.all) / speedup
+        jobs.append(Job("embed_text", f"states {layers}", embed, ("tokens",), device=True))
 
     def reads(name: str) -> tuple[str, ...]:
-        if name not in readers:
+        if name not in readers(config):
             return ("graphs",)
         layers = meaning.remaining_layers(name, config)
         return ("graphs", "tokens", *([f"states {layers}"] if layers is not None else []))
 
+    def seconds(name: str, crystals: int, size: CrystalSize, section: dict[str, Any]) -> float:
+        epochs, batch = section["epochs"], section["batch_size"]
+        work = crystals * step_work(name, config, shape, size)
+        return rates.seconds(name, epochs * math.ceil(crystals / batch), epochs * work) / speedup
+
     for name in objectives(config):
-        work = rates.pretrain[name] * rates.share * n * config["pretraining"][name]["epochs"] / speedup
-        jobs += [Job("pretrain_model", name, rates.start + work, reads(name), device=True) for _ in seeds]
+        once = seconds(name, round(rates.share * n), sizes.all, config["pretraining"][name])
+        jobs += [Job("pretrain_model", name, rates.start + once, reads(name), device=True) for _ in seeds]
     for model in config["models"]:
         for target in config["targets"]:
-            work = (
-                rates.train[model] * sizes.train[target] * config["training"]["epochs"] * len(seeds) / speedup
-            )
+            once = seconds(model, sizes.train[target], sizes.of[target], config["training"])
             start = meaning.objective(model)
             needs = (*reads(model), *([start] if start else []))
-            jobs.append(Job("train_model", f"{model} {target}", rates.start + work, needs, device=True))
+            job = Job("train_model", f"{model} {target}", rates.start + once * len(seeds), needs, device=True)
+            jobs.append(job)
     return jobs
 
 
@@ -353,19 +308,40 @@ def schedule(jobs: list[Job], devices: int, cores: int) -> tuple[float, dict[str
     return now, dict(sorted(chain.items(), key=lambda item: -item[1]))
 
 
-def differences(config: dict[str, Any], rates: Rates, speedup: float) -> list[str]:
-    """Notes on what the measured rates do not know of the plan."""
+def differences(
+    config: dict[str, Any], rates: Rates, sizes: Sizes, shape: EncoderShape, speedup: float
+) -> list[str]:
+    """Notes on how far the prediction goes beyond what was measured, and what it leaves out."""
     found: dict[str, set[str]] = {}
+    growth = {}
     for name in (*config["models"], *objectives(config)):
         settings = meaning.training_settings if name in meaning.MODELS else meaning.pretraining_settings
         for key, planned, measured in unequal(settings(name, config), rates.settings[name]):
-            if key.split(".")[-1] not in FREE and key != "training.device":
+            if key.split(".")[-1] not in (*FREE, *SCALED):
                 found.setdefault(f"{key}: planned {planned}, measured {measured}", set()).add(name)
-    notes = [f"{change} ({', '.join(sorted(names))})" for change, names in sorted(found.items())]
-    encoder = config["text_encoder"]
-    if encoder.split("@")[0].lower() not in rates.encoder.lower().replace("-", ""):
-        notes.append(f"text_encoder: planned {encoder}, measured {rates.encoder}")
-    notes.append(f"measured texts have {rates.tokens:.0f} tokens on average; longer ones take longer")
+        parts = (
+            [(1, sizes.all)]
+            if name not in meaning.MODELS
+            else [(sizes.train[t], sizes.of[t]) for t in sizes.of]
+        )
+        work = sum(n * step_work(name, config, shape, size) for n, size in parts) / sum(n for n, _ in parts)
+        growth[name] = work / rates.done[name]
+    notes = [f"{change}, not scaled ({', '.join(sorted(names))})" for change, names in sorted(found.items())]
+    notes.append(
+        "multiply-adds of a crystal's step, planned over measured: "
+        + ", ".join(f"{name} {value:.3g}" for name, value in growth.items())
+    )
+    old, new = rates.size, sizes.all
+    notes.append(
+        f"a crystal has {new.nodes:.1f} nodes and {new.tokens:.0f} of {new.tokens_full:.0f} tokens, measured "
+        f"{old.nodes:.1f} and {old.tokens:.0f} of {old.tokens_full:.0f}; describing and graphs by nodes"
+    )
+    if rates.crystals < SMALL:
+        notes.append(
+            f"measured on {rates.crystals} crystals: what describing, tokens and token states cost once is"
+            " scaled too, so theirs are upper bounds"
+        )
+    notes.append("attention, probes, tables and figures are left out")
     if config["training"]["device"] != "cpu" and "thread" in rates.device and speedup == 1:
         notes.append(
             f"the plan trains on a GPU; device hours are of {rates.device}: give --speedup, or a pilot"
