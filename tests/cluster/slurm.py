@@ -8,6 +8,7 @@ says. The node claims more cores and memory than the machine has, so that what a
 """
 
 import argparse
+import ctypes
 import os
 import shutil
 import signal
@@ -97,6 +98,11 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> N
         if time.monotonic() > end:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
         time.sleep(0.2)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent does, even if that is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Cluster:
@@ -206,8 +212,9 @@ class Cluster:
         program = shutil.which(name, path=search_path())
         with (self.folder / f"{name}.out").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [str(program), *arguments], stdout=output, stderr=output, start_new_session=True
-            )
+                [str(program), *arguments], stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=end_with_parent,
+            )  # fmt: skip
 
     def write(self, name: str, content: str) -> None:
         """Write a file that Slurm's clients look for."""

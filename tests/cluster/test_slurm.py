@@ -42,16 +42,13 @@ def copy(folder: Path) -> Path:
     return folder
 
 
-def fill_in(folder: Path) -> None:
-    """Copy the profile as its README says: trainings with a limit of a few minutes and caches on the node's disk.
-
-    Slurm looks at time limits twice a minute, so that the signal comes 90 to 120 s before the end.
-    """
+def fill_in(folder: Path, **changes: tuple[str, str]) -> None:
+    """Copy the profile to a name of one's own and change it there, as its README says."""
     theirs, mine = (folder / "workflow/profiles" / name for name in ("slurm", "mine"))
     shutil.copytree(theirs, mine)
     text = (mine / "config.yaml").read_text()
-    for old, new in (("runtime: 480 * attempt", "runtime: 3 * attempt"), ("# stage: 1", "stage: 1")):
-        assert text.count(old) == 2, old
+    for what, (old, new) in changes.items():
+        assert text.count(old) == 2, what  # for pretraining and training
         text = text.replace(old, new)
     (mine / "config.yaml").write_text(text)
 
@@ -111,12 +108,12 @@ def start_local(folder: Path, local: Path) -> subprocess.Popen[str]:
     return snakemake(local, "--cores", "1", "--", "results/cluster/tables/table1.csv")
 
 
-def test_a_run_with_jobs_out_of_time_killed_and_a_dead_node_gives_the_tables_of_a_local_one(
+def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
     cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     folder, beside = (copy(tmp_path / name / "castbench") for name in ("slurm", "local"))
-    fill_in(folder)
+    fill_in(folder, scratch=("# stage: 1", "stage: 1"))
     started = time.monotonic()
     run = snakemake(folder, *PROFILE, *QUICK)
 
@@ -125,18 +122,15 @@ def test_a_run_with_jobs_out_of_time_killed_and_a_dead_node_gives_the_tables_of_
 
     local = None
     try:
-        # The time limit: Slurm's signal comes before the end, a training writes a checkpoint, and Snakemake
-        # submits it again, with more time.
+        # Preemption: a training gets SIGTERM, writes a checkpoint, and Snakemake submits it again.
         until(lambda: " epoch " in log_of(folder, "structure_only"), "a training")
+        assert re.search(r"graphs: \S+ GB copied to ", log_of(folder, "structure_only"))
         job = training_jobs(cluster)["structure_only"]
-        assert cluster.ask("squeue", "-ho", "%l", "-j", job) == "3:00"
-        assert "graphs: 0.00 GB copied to " in log_of(folder, "structure_only")
-        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "the time limit")
+        cluster.ask("scancel", "--signal=TERM", job)
+        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "its checkpoint")
         assert list((folder / RUNS / "structure_only/checkpoints/0").glob("*.safetensors"))
         until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
-        again = training_jobs(cluster)["structure_only"]
-        assert again != job
-        assert cluster.ask("squeue", "-ho", "%l", "-j", again) == "6:00"
+        assert training_jobs(cluster)["structure_only"] != job
         # The node dies with all that runs on it and comes back; Slurm itself starts the same job again.
         until(lambda: " epoch " in log_of(folder, "crysmmnet_frozen"), "the second training")
         local = start_local(folder, beside)
@@ -164,6 +158,40 @@ def test_a_run_with_jobs_out_of_time_killed_and_a_dead_node_gives_the_tables_of_
     expected = files(beside)
     assert len(expected) >= 15
     assert files(folder) == expected
+
+
+def test_a_training_out_of_time_is_submitted_again_with_more_and_continues(
+    cluster: slurm.Cluster, tmp_path: Path
+):
+    """Slurm looks at limits twice a minute: of three minutes, the profile's signal comes after 60 to 90 s."""
+    folder = copy(tmp_path / "castbench")
+    fill_in(folder, limit=("runtime: 480 * attempt", "runtime: 3 * attempt"))
+    (folder / "long.yaml").write_text("models: [structure_only]\ntraining: {epochs: 12000}\n")
+    presets = (*PRESETS, "long.yaml")
+    run = snakemake(
+        folder, *PROFILE, *QUICK, "--", str(RUNS / "structure_only/0/metrics.json"), presets=presets
+    )
+
+    def until(condition: Callable[[], object], what: str) -> None:
+        slurm.wait_for(lambda: bool(condition()) or run.poll() is not None, what, 400)
+
+    def limit(job: str) -> str:
+        return cluster.ask("squeue", "-ho", "%l", "-j", job)
+
+    try:
+        until(lambda: training_jobs(cluster), "a training")
+        job = training_jobs(cluster)["structure_only"]
+        assert limit(job) == "3:00"
+        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "its time limit")
+        assert list((folder / RUNS / "structure_only/checkpoints/0").glob("*.safetensors"))
+        until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
+        again = training_jobs(cluster)["structure_only"]
+        assert again != job
+        assert limit(again) == "6:00"
+    finally:
+        run.kill()
+        cluster.ask("scancel", "--user=root")
+        print(folder.with_suffix(".out").read_text()[-8000:])
 
 
 CARDS = """
