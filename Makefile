@@ -38,4 +38,6 @@ lock:
 
 # Needs conda and snakedeploy. Pins hold what conda installs; pip's part is pinned in envs/*.yaml.
 pins:
+	@command -v conda > /dev/null && command -v snakedeploy > /dev/null || \
+		{ echo "make pins needs conda, its channels, and snakedeploy (pip install snakedeploy)" >&2; exit 1; }
 	snakedeploy pin-conda-envs --conda-frontend conda $(wildcard envs/*.yaml)

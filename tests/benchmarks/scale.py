@@ -7,7 +7,7 @@ plan: dry runs in a copy of the project whose lists of targets and models are ma
 own, and whose data are a local file. The alternative is a job a seed, with the seed as a wildcard of
 train_model, where castbench has a job train all seeds of a model on a target.
 
-predict: runs the smoke preset with texts cut at 64 tokens, predicts from its records one with whole texts,
+predict: trains the smoke preset with texts cut at 64 tokens, predicts from its records one with whole texts,
 larger models and twice the epochs, runs that too, and compares.
 """
 
@@ -152,7 +152,7 @@ def predict(arguments: argparse.Namespace) -> None:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({"dataset": name, **overlay}))
         for name in ("pilot", "planned"):
             start = time.perf_counter()
-            snakemake(folder, "--cores", "2", "--configfile", *presets[1:], f"{name}.yaml")
+            snakemake(folder, "training", "--cores", "2", "--configfile", *presets[1:], f"{name}.yaml")
             wall = time.perf_counter() - start
             print(f"{name}: {wall:.0f} s of wall time")
             if name == "pilot":

@@ -67,12 +67,18 @@ def test_the_container_installs_the_lock_file_alone(root: Path):
     assert f"--requirement {copied[0][1]}" in installed[0]
 
 
-def test_every_rule_has_an_environment_that_exists(root: Path):
+def test_every_rule_has_an_environment_that_exists_and_a_log_of_its_own(root: Path):
+    logs: dict[str, str] = {}
     for file in sorted((root / "workflow/rules").glob("*.smk")):
         for rule in re.split(r"^rule ", file.read_text(), flags=re.M)[1:]:
+            name = rule.split(":")[0]
             named = re.findall(r'^    conda:\n        "../../(envs/\w+\.yaml)"', rule, re.M)
-            assert len(named) == 1, rule.split(":")[0]
+            assert len(named) == 1, name
             assert (root / named[0]).is_file()
+            log = re.findall(r'^    log:\n        f?"([^"]+\.log)",', rule, re.M)
+            assert len(log) == 1, name
+            assert logs.setdefault(log[0], name) == name
+    assert len(logs) > 30
 
 
 PROFILES = ("workstation", "slurm")
@@ -87,6 +93,21 @@ def test_profiles_hold_runtime_only(root: Path, name: str):
     rules = {*profile.get("set-resources", {}), *profile.get("set-threads", {}), *profile.get("groups", {})}
     known = "".join(file.read_text() for file in (root / "workflow/rules").glob("*.smk"))
     assert all(f"\nrule {rule}:" in known for rule in rules)
+
+
+def test_the_slurm_profile_knows_every_rule_that_asks_for_a_card(root: Path):
+    """There a GPU partition is named, and what has checkpoints is told before its time is up."""
+    text = (root / "workflow/profiles/slurm/config.yaml").read_text()
+    sections = dict(re.findall(r"^  (\w+):\n((?:    .*\n)+)", text, re.M))
+    asking = set()
+    for file in (root / "workflow/rules").glob("*.smk"):
+        for rule in re.split(r"^rule ", file.read_text(), flags=re.M)[1:]:
+            name = rule.split(":")[0]
+            if "gpu=GPUS" in rule:
+                asking.add(name)
+                assert "# slurm_partition: gpu\n" in sections[name], name
+                assert ("--signal=TERM@90" in sections[name]) == ("retries: RETRIES" in rule), name
+    assert asking == set(sections)
 
 
 def test_a_job_asks_for_more_memory_and_time_when_it_starts_again(root: Path):
