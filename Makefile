@@ -1,7 +1,8 @@
 # make report: the whole report on the bundled crystals. make test: the tests. make check: what CI checks besides.
+# make cluster-test: the pipeline on a one-node Slurm. make lock, make pins: for maintainers.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-.PHONY: report test check venv lock
+.PHONY: report test cluster-test check venv lock pins
 .DELETE_ON_ERROR:
 
 report: venv
@@ -9,6 +10,9 @@ report: venv
 
 test: venv
 	pytest -n 2 --dist loadfile tests/workflow tests/unit
+
+cluster-test: venv
+	pytest tests/cluster -rs $(if $(ONLY),-k $(ONLY))
 
 check: venv
 	ruff check .
@@ -31,3 +35,9 @@ lock:
 	{ echo '# Every version of the environment; made from envs/requirements.in by `make lock`.'; \
 	  uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header envs/requirements.in \
 	  | grep -vE '^(nvidia-|cuda-|triton)'; } > requirements.lock
+
+# Needs conda and snakedeploy. Pins hold what conda installs; pip's part is pinned in envs/*.yaml.
+pins:
+	@command -v conda > /dev/null && command -v snakedeploy > /dev/null || \
+		{ echo "make pins needs conda, its channels, and snakedeploy (pip install snakedeploy)" >&2; exit 1; }
+	snakedeploy pin-conda-envs --conda-frontend conda $(wildcard envs/*.yaml)

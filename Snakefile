@@ -68,6 +68,12 @@ rule evaluation:
         f"results/{config['dataset']}/tables/{'matbench' if config['study'] == 'matbench' else 'table1'}.csv",
 
 
+# Not part of the report: everything in one file, to publish or to keep.
+rule archive:
+    input:
+        f"results/{config['dataset']}/archive.zip",
+
+
 onsuccess:
     if exists(f"results/{config['dataset']}/report.html"):
         print(f"report: results/{config['dataset']}/report.html")

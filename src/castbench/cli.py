@@ -43,6 +43,8 @@ VERBS = {
     "plot_evidence": "castbench.report.attention",
     "render_report": "castbench.report.html",
     "render_matbench_report": "castbench.report.matbench",
+    "archive_results": "castbench.report.archive",
+    "predict_cost": "castbench.report.prediction",
     "predict": "castbench.evaluation.predict",
     "explain": "castbench.report.explain",
     "collect_compositions": "castbench.compositions.collect",

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -68,6 +70,21 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def measured(path: Path) -> Iterator[None]:
+    """Write to `path` the seconds that the block takes: by the clock, and of the CPU with child processes."""
+    clock, cpu = time.monotonic(), cpu_seconds()
+    yield
+    spent = {"seconds": time.monotonic() - clock, "cpu_seconds": cpu_seconds() - cpu}
+    write_json(path, {name: round(value, 3) for name, value in spent.items()})
+
+
+def cpu_seconds() -> float:
+    """CPU time (s) of this process and of its children that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in usage)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,9 +1,14 @@
 """A clone of the working tree in which the workflow runs, so that no test touches the user's results."""
 
+import hashlib
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +52,43 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def rebuild_from_archive(snakemake, tmp_path: Path) -> Callable[..., set[str]]:
+    """Archive a finished run, unpack it elsewhere, and rebuild the report there by the archive's own command.
+
+    Returns the tables and figures that were made anew, as the report was, to the same bytes.
+    """
+
+    def files(results: Path) -> dict[str, bytes]:
+        folders = (results / "tables", results / "figures")
+        found = [results / "report.html", *(file for folder in folders for file in folder.iterdir())]
+        return {str(file.relative_to(results)): file.read_bytes() for file in found}
+
+    def rebuild(finished: Path, dataset: str, *preset: str) -> set[str]:
+        ended = snakemake(finished, "archive", *preset)
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        with zipfile.ZipFile(finished / f"results/{dataset}/archive.zip") as archive:
+            archive.extractall(tmp_path)
+        folder = tmp_path / f"castbench-{dataset}"
+        results = folder / f"results/{dataset}"
+        listed = json.loads((folder / "archive.json").read_text())["files"]
+        assert {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listed} == listed
+        weights = [file for file in folder.rglob("*.safetensors") if "attention" not in file.parts]
+        assert not weights  # nothing to train or to read weights with
+        expected = files(finished / f"results/{dataset}")
+        assert files(results) == expected
+        (results / "report.html").unlink()
+        shutil.rmtree(results / "tables")
+        shutil.rmtree(results / "figures")
+        command = re.search(r"^    snakemake (.*)$", (folder / "ARCHIVE.md").read_text(), re.M)
+        assert command
+        ended = snakemake(folder, *shlex.split(command[1]))
+        assert ended.returncode == 0, ended.stdout[-5000:]
+        again = files(results)
+        assert set(again) == set(expected)
+        assert [name for name in expected if again[name] != expected[name]] == []
+        return set(again)
+
+    return rebuild

@@ -66,6 +66,17 @@ def test_nothing_is_left_to_do(finished: Path, snakemake):
     assert "Nothing to be done" in snakemake(finished, *PRESET, "-n").stdout
 
 
+def test_the_report_rebuilds_from_an_archive_alone(finished: Path, rebuild_from_archive):
+    rebuilt = rebuild_from_archive(finished, "perovskite", *PRESET)
+    assert {"tables/composition_gap.csv", "figures/composition_attention.svg"} <= rebuilt
+
+
+def test_a_run_folder_holds_few_files(finished: Path):
+    runs = finished / "results/perovskite/composition_runs/edm_transformer"
+    for seed in ("0", "1"):
+        assert len([*(runs / seed).iterdir(), *(runs / "checkpoints" / seed).iterdir()]) < 10
+
+
 def test_screening_settings_retrain_nothing(finished: Path, snakemake):
     (finished / "change.yaml").write_text("compositions: {screening: {bartel: null}}")
     output = snakemake(finished, "-n", *PRESET, "change.yaml").stdout

@@ -60,6 +60,11 @@ def test_nothing_is_left_to_do(finished: Path, snakemake):
     assert "Nothing to be done" in snakemake(finished, *PRESET, "-n").stdout
 
 
+def test_the_report_rebuilds_from_an_archive_alone(finished: Path, rebuild_from_archive):
+    rebuilt = rebuild_from_archive(finished, "smoke", *PRESET)
+    assert {"tables/evidence.csv", "figures/text_changes.svg", "figures/attention_maps.svg"} <= rebuilt
+
+
 def test_touched_caches_rerun_nothing(finished: Path, snakemake):
     results = finished / "results/smoke"
     caches = [results / "materials.parquet", results / "descriptions.parquet"]
@@ -112,3 +117,22 @@ def test_pretraining_never_sees_a_test_crystal(finished: Path):
     assert not train & held_out
     record = json.loads((results / "pretrain/masked_node/0/metrics.json").read_text())
     assert record["n"]["train"] == len(train)
+
+
+def test_the_cost_of_the_papers_run_is_predicted(finished: Path, snakemake):
+    ended = snakemake(finished, "results/smoke/predicted_cost.json", *PRESET)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    cost = json.loads((finished / "results/smoke/predicted_cost.json").read_text())
+    assert cost["stages"]["train_model"]["jobs"] == 28
+    assert cost["crystals"] == 114398
+    walls = {int(n): wall["hours"] for n, wall in cost["wall"].items()}
+    assert walls[1] > walls[8] >= walls[64] > 0
+    assert cost["device_hours"] / 64 < walls[64]
+    assert any("text_encoder" in note for note in cost["notes"])
+
+
+def test_a_run_folder_holds_few_files(finished: Path):
+    runs = finished / "results/smoke/runs/total_energy/cast"
+    for seed in ("0", "1"):
+        files = [*(runs / seed).iterdir(), *(runs / "checkpoints" / seed).iterdir()]
+        assert len(files) < 10

@@ -5,10 +5,12 @@ Rules pass `settings`, the part of the configuration that they depend on, as JSO
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import validate
 
 try:
@@ -36,6 +38,15 @@ except InputError as error:
 
 # Robocrystallographer's word order depends on the hash seed; the package is imported from src/.
 shell.prefix(f"set -euo pipefail; export PYTHONHASHSEED=0 PYTHONPATH={sys.path[0]}; ")
+
+deployment = workflow.deployment_settings
+if DeploymentMethod.CONDA in deployment.deployment_method and not (
+    deployment.conda_base_path or shutil.which("conda")
+):
+    raise WorkflowError(
+        "--use-conda: there is no conda on the PATH; install or activate it, or leave --use-conda out and run"
+        " in the environment that `make venv` makes"
+    )
 
 # No two jobs on one GPU, also without a profile; a profile or --resources gpu=N raises it.
 workflow.global_resources.setdefault(
@@ -107,6 +118,13 @@ COMPOSITION_FIGURES = {
     "reliability": "Reliability of the stability probability",
     "hidden_compounds": "Hidden stable compounds found by the screening",
 }
+# A training that was killed continues from its checkpoint: once more also without a profile's retries. But not
+# inside of a cluster's job, which is out of time or of memory then: it is submitted again.
+RETRIES = (
+    max(1, getattr(workflow.execution_settings, "retries", 0))
+    if workflow.is_main_process
+    else 0
+)
 GPUS = 0 if config["training"]["device"] == "cpu" else 1
 # A training job may have several, over several nodes, where Slurm starts its processes.
 NODES = config["training"]["num_nodes"]

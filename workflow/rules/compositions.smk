@@ -154,7 +154,7 @@ rule train_compositions:
         ),
     log:
         "results/{dataset}/logs/train_compositions/{network}.log",
-    retries: 1
+    retries: RETRIES
     conda:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]

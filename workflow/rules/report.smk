@@ -1,7 +1,7 @@
 """Figures and the report.
 
 Input: tables/, attention/, run folders, the caches' manifests.
-Output: figures/, report.html.
+Output: figures/, report.html; on request archive.zip and predicted_cost.json.
 """
 
 
@@ -11,6 +11,8 @@ localrules:
     plot_attention,
     plot_evidence,
     render_report,
+    archive_results,
+    predict_cost,
 
 
 rule plot_dataset:
@@ -155,4 +157,43 @@ rule render_report:
         settings=json.dumps(config, sort_keys=True),
     shell:
         "python -m castbench render_report --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output {output} --log {log}"
+
+
+rule archive_results:
+    """One file from which the report rebuilds without training."""
+    input:
+        report="results/{dataset}/report.html",
+    output:
+        "results/{dataset}/archive.zip",
+    log:
+        "results/{dataset}/logs/archive_results.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        settings=json.dumps(config, sort_keys=True),
+    shell:
+        "python -m castbench archive_results --settings {params.settings:q} --results results/{wildcards.dataset}"
+        " --output {output} --log {log}"
+
+
+rule predict_cost:
+    """GPU-hours, disk and wall time of the paper's preset, from what this run took."""
+    input:
+        all_metrics,
+        all_pretraining_metrics,
+        materials=ancient("results/{dataset}/materials.parquet"),
+        descriptions=ancient("results/{dataset}/descriptions.parquet"),
+        graphs="results/{dataset}/graphs/manifest.json",
+        tokens="results/{dataset}/tokens/manifest.json",
+        splits=SPLITS,
+        plan=["config.yaml", "workflow/presets/paper.yaml"],
+    output:
+        "results/{dataset}/predicted_cost.json",
+    log:
+        "results/{dataset}/logs/predict_cost.log",
+    conda:
+        "../../envs/report.yaml"
+    shell:
+        "python -m castbench predict_cost --plan {input.plan} --results results/{wildcards.dataset}"
         " --output {output} --log {log}"

@@ -19,6 +19,8 @@ rule describe_shard:
         "results/{dataset}/descriptions/{shard}.parquet",
     log:
         "results/{dataset}/logs/describe_shard/{shard}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/describe_shard/{shard}.tsv"
     conda:
         "../../envs/data.yaml"
     params:

@@ -21,13 +21,14 @@ rule pretrain_model:
         "results/{dataset}/logs/pretrain_model/{objective}.{seed}.log",
     # First what others wait for.
     priority: 1
-    retries: 1
+    retries: RETRIES
     conda:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
         gpu=TRAINING_GPUS,
         nodes=NODES,
+        stage=0,
     params:
         launcher=LAUNCHER,
         settings=lambda wildcards: json.dumps(
@@ -39,6 +40,7 @@ rule pretrain_model:
         "{params.launcher}python -m castbench pretrain_model --settings {params.settings:q} --objective {wildcards.objective}"
         " --seed {wildcards.seed} --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens"
         " {params.states} --encoder {params.encoder:q} --splits {input.splits} --threads {threads}"
+        " --stage {resources.stage}"
         " --output results/{wildcards.dataset}/pretrain/{wildcards.objective}/{wildcards.seed} --log {log}"
 
 
@@ -56,13 +58,16 @@ rule train_model:
         ),
     log:
         "results/{dataset}/logs/train_model/{target}.{model}.log",
-    retries: 1
+    benchmark:
+        "results/{dataset}/benchmarks/train_model/{target}.{model}.tsv"
+    retries: RETRIES
     conda:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
         gpu=TRAINING_GPUS,
         nodes=NODES,
+        stage=0,
     params:
         launcher=LAUNCHER,
         settings=lambda wildcards: json.dumps(
@@ -77,4 +82,5 @@ rule train_model:
         " --target {wildcards.target} --seeds {params.seeds} --materials {input.materials} --split {input.split}"
         " --graphs results/{wildcards.dataset}/graphs --tokens results/{wildcards.dataset}/tokens {params.states}"
         " --encoder {params.encoder:q} {params.pretrained} --threads {threads}"
+        " --stage {resources.stage}"
         " --output results/{wildcards.dataset}/runs/{wildcards.target}/{wildcards.model} --log {log}"

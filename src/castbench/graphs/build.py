@@ -17,7 +17,7 @@ from pymatgen.core import Element
 from castbench.errors import InputError
 from castbench.graphs.neighbours import crystal_graph
 from castbench.graphs.packed import PackedGraphs, PackedWriter, Result
-from castbench.provenance import sha256_file
+from castbench.provenance import measured, sha256_file
 
 Chunk = tuple[list[str], list[Result]]
 CHUNK = 128  # crystals that a worker takes at once
@@ -41,7 +41,7 @@ def build_graphs(settings: dict[str, Any], materials: Path, output: Path, thread
     if _is_current(output, settings, source):
         log.info("%s is of these materials and settings; nothing to do", output)
         return
-    with PackedWriter(output, settings, source) as writer:
+    with measured(output / "cost.json"), PackedWriter(output, settings, source) as writer:
         for material_ids, results in _chunks(settings, materials, threads):
             for material_id, result in zip(material_ids, results, strict=True):
                 if isinstance(result, str):

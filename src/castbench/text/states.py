@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from castbench.errors import InputError
-from castbench.provenance import atomic_path, sha256_file
+from castbench.provenance import atomic_path, measured, sha256_file
 from castbench.text import read_encoder
 from castbench.text.packed import read_manifest, write_manifest
 from castbench.text.tokens import PackedTokens
@@ -69,12 +69,14 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     """
     import torch
 
+    from castbench.cards import take_cards
     from castbench.text.encoders import LayeredEncoder
 
     packed = PackedTokens.open(tokens)
     checksum = read_encoder(encoder)["checksum"]
     if packed.manifest["encoder"]["checksum"] != checksum:
         raise InputError(f"{tokens}: tokens of another encoder than {encoder}; run tokenize_text again")
+    take_cards(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LayeredEncoder.from_folder(encoder).to(device)
@@ -89,7 +91,11 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     firsts = np.array([texts[0] for texts in groups], dtype=np.int64)
     lengths = np.diff(packed.token_offsets)[firsts]
     done, report_at = 0, 0.0
-    with atomic_path(output / "states.npy") as partial, torch.inference_mode():
+    with (
+        measured(output / "cost.json"),
+        atomic_path(output / "states.npy") as partial,
+        torch.inference_mode(),
+    ):
         states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         for batch in _buckets(lengths):
             ids_BT = np.zeros((len(batch), lengths[batch].max()), dtype=np.int64)

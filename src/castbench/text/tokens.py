@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
+from castbench.provenance import measured
 from castbench.text import ENCODERS, read_encoder
 from castbench.text.packed import growing_array, read_manifest, write_manifest
 
@@ -100,6 +101,7 @@ def tokenize_text(settings: dict[str, Any], descriptions: Path, encoder: Path, o
     kept: list[np.ndarray] = []
     with_text: list[np.ndarray] = []
     with (
+        measured(output / "cost.json"),
         growing_array(output / "token_ids.npy", np.int32) as append,
         pq.ParquetWriter(output / "index.parquet", INDEX) as index,
     ):

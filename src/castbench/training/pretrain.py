@@ -16,6 +16,7 @@ from castbench.materials.splits import load_split
 from castbench.models import build_pretraining
 from castbench.models.base import Network
 from castbench.models.batch import Batch
+from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import MaskedNode, Pretraining
@@ -41,6 +42,7 @@ def pretrain_model(
     splits: list[Path],
     output: Path,
     threads: int,
+    stage: int = 0,
 ) -> None:
     """Pretrain with `objective` and write a run folder.
 
@@ -58,11 +60,15 @@ def pretrain_model(
         splits: id lists of all targets.
         output: the run folder {seed}/; checkpoints/{seed}/ beside it is undeclared.
         threads: cores that the job has.
+        stage: 1 copies the caches to the node's own disk first.
 
     Raises:
         InputError: a cache is missing or of other materials; no such objective.
     """
     fabric = open_session(settings["training"], threads)
+    if stage:
+        graphs, tokens = stage_cache(graphs), stage_cache(tokens)
+        states = states and stage_cache(states)
     torch.manual_seed(seed)
     network = build_pretraining(objective, settings["architecture"], encoder)
     crystals = Crystals(network, graphs, tokens, states, fabric.device)

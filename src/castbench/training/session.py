@@ -18,6 +18,7 @@ from lightning_fabric.plugins.environments import (
 )
 from lightning_fabric.strategies import DDPStrategy
 
+from castbench.cards import take_cards
 from castbench.errors import InputError
 from castbench.provenance import hardware, sha256_json
 
@@ -49,6 +50,7 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
         raise InputError(
             f"training.num_nodes: {nodes}, but nothing started a process on each; use srun or torchrun"
         )
+    take_cards(training["device"], devices)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.

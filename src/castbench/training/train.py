@@ -22,6 +22,7 @@ from castbench.materials.targets import target_values
 from castbench.models import build_model, load_pretrained
 from castbench.models.base import Network
 from castbench.provenance import sha256_file
+from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import Classification, Regression
@@ -55,6 +56,7 @@ def train_model(
     pretrained: list[Path],
     output: Path,
     threads: int,
+    stage: int = 0,
 ) -> None:
     """Train `model` on `target`, all `seeds` one after another, and write a run folder for each.
 
@@ -72,11 +74,15 @@ def train_model(
         pretrained: a pretraining run for each seed, in a folder of the seed's name; empty: none.
         output: gets {seed}/ and the undeclared checkpoints/{seed}/.
         threads: cores that the job has.
+        stage: 1 copies the caches to the node's own disk first.
 
     Raises:
         InputError: a cache is missing or of other materials; a pretraining run is missing.
     """
     fabric = open_session(settings["training"], threads)
+    if stage:
+        graphs, tokens = stage_cache(graphs), stage_cache(tokens)
+        states = states and stage_cache(states)
     lists = load_split(split)
     record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "target": target}
     record |= {"unit": TARGETS[target].unit, "validation": None, "test": None}

@@ -76,7 +76,7 @@ def test_files_do_not_depend_on_the_number_of_workers(tmp_path, many):
     build_graphs(SETTINGS, many, tmp_path / "two", threads=2)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for name in names:
+    for name in set(names) - {"cost.json"}:  # seconds
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 

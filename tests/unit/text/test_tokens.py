@@ -68,7 +68,7 @@ def test_index_and_manifest(tokens: Path, encoder_folder: Path) -> None:
 def test_the_same_texts_give_the_same_bytes(tokens: Path, encoder_folder: Path, tmp_path: Path) -> None:
     slower = write_descriptions(tmp_path / "d.parquet", seconds=9.0)
     tokenize_text({"max_tokens": 8}, slower, encoder_folder, tmp_path / "tokens")
-    for path in tokens.iterdir():
+    for path in (path for path in tokens.iterdir() if path.name != "cost.json"):  # seconds
         assert path.read_bytes() == (tmp_path / "tokens" / path.name).read_bytes(), path.name
 
 

@@ -1,0 +1,172 @@
+"""Predictions scale what was measured, and the schedule knows what waits for what."""
+
+import copy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from castbench.errors import InputError
+from castbench.provenance import write_json
+from castbench.report.prediction import (
+    Job,
+    planned_disk,
+    planned_jobs,
+    planned_shape,
+    planned_sizes,
+    predict_cost,
+    schedule,
+)
+from castbench.report.rates import Rates, Spent, fit
+from castbench.report.work import CrystalSize, EncoderShape, step_work
+
+SHAPE = EncoderShape(6, 384, 1536)
+SIZE = CrystalSize(nodes=2.0, edges=8.0, tokens_full=100.0, tokens=90.0)
+
+
+@pytest.fixture
+def config(root: Path) -> dict:
+    return yaml.safe_load((root / "config.yaml").read_text()) | {"models": ["structure_only", "cast"]}
+
+
+def rates() -> Rates:
+    return Rates(
+        crystals=100, device="a card", shape=SHAPE, size=SIZE, neighbours=24,
+        describe=1.0, graphs=0.8, tokenize=0.1, embed=1e-9, start=5.0, start_describe=3.0,
+        step=0.01, work=1e-9, factor={"structure_only": 1.0, "cast": 1.5, "masked_node": 1.2},
+        share=0.5, n={"total_energy": 80, "band_gap": 40}, node_bytes=100.0, token_bytes=10.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """What is read of a finished run beside its rates: four crystals, of which one has no graph."""
+    folder = tmp_path / "results" / "pilot"
+    graphs = {"material_id": list("abcd"), "n_nodes": [1, 2, 3, 0], "n_edges": [4, 8, 12, 0]}
+    tokens = {"material_id": list("abcd"), "n_tokens_full": [50, 100, 150, 10]}
+    for name, table in (("graphs", graphs), ("tokens", tokens)):
+        (folder / name).mkdir(parents=True)
+        pd.DataFrame(table).to_parquet(folder / name / "index.parquet")
+    for target, train in (("total_energy", ["a", "b", "d"]), ("band_gap", ["c"])):
+        write_json(folder / "splits" / f"{target}.json", {"train": train})
+    return folder
+
+
+def test_cards_are_shared_and_inputs_are_waited_for():
+    jobs = [
+        Job("describe_shard", "texts", 10.0),
+        Job("pretrain_model", "masked_node", 20.0, ("texts",), device=True),
+        *(Job("train_model", f"m{i}", 30.0, ("masked_node",), device=True) for i in range(3)),
+    ]
+    assert schedule(jobs, 1, 4) == (
+        120.0,
+        {"train_model": 90.0, "pretrain_model": 20.0, "describe_shard": 10.0},
+    )
+    assert schedule(jobs, 2, 4)[0] == 90.0
+    assert schedule(jobs, 64, 4)[0] == 60.0
+
+
+def test_a_job_that_needs_cores_waits_for_them():
+    jobs = [Job("describe_shard", "texts", 10.0, cores=1) for _ in range(4)]
+    assert schedule(jobs, 1, 2)[0] == 20.0
+    assert schedule([Job("build_graphs", "graphs", 7.0, cores=8)], 1, 2)[0] == 7.0  # never waits for ever
+
+
+def test_work_grows_with_crystals_epochs_and_seeds_and_not_the_start(config: dict, results: Path):
+    config["targets"], config["training"] = (
+        ["total_energy"],
+        config["training"] | {"epochs": 10, "seeds": [0, 1]},
+    )
+    sizes = planned_sizes(config, rates(), results, 1000)
+    assert sizes.train == {"total_energy": 800}
+    assert sizes.of["total_energy"] == CrystalSize(1.5, 6.0, 75.0, 75.0)
+    jobs = {(job.stage, job.group): job for job in planned_jobs(config, rates(), sizes, SHAPE, speedup=2.0)}
+    own = step_work("cast", config, SHAPE, sizes.of["total_energy"])
+    spent = 1.5 * (0.01 * 10 * 800 / 16 + 1e-9 * 10 * 800 * own)
+    job = jobs["train_model", "cast total_energy"]
+    assert job.seconds == pytest.approx(5 + spent * 2 / 2)
+    assert "masked_node" in job.needs
+    assert jobs["train_model", "structure_only total_energy"].needs == ("graphs",)
+    section = config["pretraining"]["masked_node"]
+    own = step_work("masked_node", config, SHAPE, sizes.all)
+    steps = -(-500 // section["batch_size"])
+    spent = 1.2 * section["epochs"] * (0.01 * steps + 1e-9 * 500 * own)
+    assert jobs["pretrain_model", "masked_node"].seconds == pytest.approx(5 + spent / 2)
+    assert jobs["tokenize_text", "tokens"].seconds == pytest.approx(5 + 0.1 * 1000 * 100)
+
+
+def test_larger_models_and_longer_texts_cost_more(config: dict, results: Path):
+    config["targets"] = ["total_energy"]
+
+    def hours(config: dict) -> dict[str, float]:
+        sizes = planned_sizes(config, rates(), results, None)
+        jobs = planned_jobs(config, rates(), sizes, planned_shape(config, results), 1.0)
+        return {job.group: job.seconds - 5 for job in jobs if job.stage == "train_model"}
+
+    small = hours(config | {"max_tokens": 50})
+    long = hours(config)
+    assert long["cast total_energy"] > small["cast total_energy"]
+    assert long["structure_only total_energy"] == small["structure_only total_energy"]
+    wide = copy.deepcopy(config)
+    wide["architecture"]["cogn"]["width"] *= 4
+    assert hours(wide)["structure_only total_energy"] > 5 * long["structure_only total_energy"]
+    deep = copy.deepcopy(config) | {"text_encoder": "matscibert"}
+    deep["architecture"]["cross_attention"]["text"] = "lora"
+    deep["architecture"]["lora"]["layers"] = "all"
+    assert hours(deep)["cast total_energy"] > 10 * long["cast total_energy"]
+
+
+def test_the_papers_data_have_the_papers_numbers_and_sizes(config: dict, tmp_path: Path):
+    config["materials"]["source"] = "materials_project"
+    sizes = planned_sizes(config, rates(), tmp_path, None)
+    assert sizes.crystals == 114398
+    assert sizes.train["band_gap"] == 52371
+    assert sizes.all.nodes == 17.28
+    assert sizes.all.edges == pytest.approx(17.28 * 4)
+    assert sizes.of["log_bulk_modulus"].tokens_full == 250.83
+    assert 150 < sizes.of["log_bulk_modulus"].tokens < sizes.all.tokens < 512
+    # A state of 512 float16 a token, for MatSciBERT twice as much: the larger part of the disk.
+    disk = planned_disk(config, rates(), sizes, EncoderShape(12, 768, 3072))
+    assert disk == pytest.approx(
+        (100 * 17.28 + 10 * 1796.65 + 2 * 768 * sizes.all.tokens) * 114398 / 1e9, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"targets": ["log_bulk_modulus"]}, "log_bulk_modulus"), ({"models": ["multimat"]}, "multimat")],
+)
+def test_what_was_not_measured_is_named(config: dict, results: Path, changes: dict, named: str):
+    config |= {"targets": ["total_energy"]} | changes
+    with pytest.raises(InputError, match=named):
+        planned_jobs(config, rates(), planned_sizes(config, rates(), results, None), SHAPE, 1.0)
+
+
+def test_an_encoder_of_unknown_size_is_named(config: dict, results: Path):
+    assert planned_shape(config | {"text_encoder": "matscibert"}, results).width == 768
+    with pytest.raises(InputError, match=r"someone/bert@1.*prefetch_encoder"):
+        planned_shape(config | {"text_encoder": "someone/bert@1"}, results)
+
+
+def test_steps_and_multiply_adds_are_told_apart():
+    made = [
+        Spent(0.02 * steps + 3e-9 * work, steps, work) for steps, work in ((10, 1e6), (10, 1e9), (50, 2e8))
+    ]
+    assert fit(made) == pytest.approx((0.02, 3e-9))
+    assert fit([Spent(2.0, 10, 1e9)]) == pytest.approx((0.0, 2e-9))
+    step, work = fit([Spent(1.0, 100, 1e6), Spent(0.5, 10, 1e9), Spent(2.0, 210, 1e6)])
+    assert step >= 0
+    assert work >= 0
+
+
+def test_the_composition_study_is_refused_in_one_line(root: Path, tmp_path: Path):
+    plan = [root / "config.yaml", root / "workflow/presets/perovskite.yaml"]
+    with pytest.raises(InputError, match="study compositions"):
+        predict_cost(plan, tmp_path, tmp_path / "cost.json")
+
+
+def test_a_run_that_has_not_finished_says_what_it_lacks(root: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"descriptions\.json: missing"):
+        predict_cost([root / "config.yaml"], tmp_path, tmp_path / "cost.json")
+    assert not list(tmp_path.glob("cost*"))

@@ -1,0 +1,81 @@
+"""One copy of a cache a node, shared by its jobs, and none where it does not fit."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from castbench import staging
+
+JOB = """
+import sys
+from pathlib import Path
+from castbench.staging import stage_cache
+copy = stage_cache(Path(sys.argv[1]))
+print(copy, (copy / "values.npy").read_bytes() == b"v" * 1000, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared" / "graphs"
+    folder.mkdir(parents=True)
+    (folder / "values.npy").write_bytes(b"v" * 1000)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", JOB, str(cache)], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_jobs_of_a_node_share_a_copy_and_the_last_one_removes_it(tmp_path: Path, cache: Path):
+    node = tmp_path / "node"
+    node.mkdir()
+    first = start(node, cache)
+    assert first.stdout
+    path, whole = first.stdout.readline().split()
+    copy = Path(path)
+    assert whole == "True"
+    assert node in copy.parents
+    inode = (copy / "values.npy").stat().st_ino
+    second = start(node, cache)
+    assert second.stdout
+    assert second.stdout.readline().split() == [path, "True"]
+    first.communicate("")
+    assert (copy / "values.npy").stat().st_ino == inode  # still read
+    second.communicate("")
+    assert not copy.exists()
+
+
+def test_what_a_killed_job_left_half_is_copied_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("atexit.register", lambda _, copy, handle: os.close(handle))  # as a kill does
+    copy = staging.stage_cache(cache)
+    (copy / "manifest.json").unlink()
+    (copy / "values.npy").write_bytes(b"v")
+    assert staging.stage_cache(cache) == copy
+    assert (copy / "values.npy").stat().st_size == 1000
+
+
+def test_a_cache_that_does_not_fit_or_is_not_there_is_read_where_it_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2000, 1000, 1000))
+    with caplog.at_level(logging.WARNING):
+        assert staging.stage_cache(cache) == cache
+    assert "do not fit" in caplog.text
+    assert staging.stage_cache(tmp_path / "none") == tmp_path / "none"
