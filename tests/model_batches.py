@@ -44,3 +44,14 @@ def only(batch, needs):
     if not needs & {"token_ids", "token_states"}:
         drop.add("token_offsets")
     return replace(batch, **dict.fromkeys(drop))
+
+
+def batch_of(graph):
+    """A crystal's graph as a batch of one."""
+    arrays = {
+        name: None if (array := getattr(graph, name)) is None else torch.from_numpy(array)
+        for name in ("multiplicities", "distances", "edge_multiplicities")
+    }
+    ends = {name: torch.from_numpy(getattr(graph, name)).long() for name in ("edge_source", "edge_target")}
+    numbers = torch.from_numpy(graph.atomic_numbers).long()
+    return Batch(1, numbers, node_offsets=torch.tensor([0, len(numbers)]), **ends, **arrays)
