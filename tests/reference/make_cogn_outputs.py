@@ -1,8 +1,8 @@
 """Record the reference's outputs: python make_cogn_outputs.py < crystals.jsonl > cogn_outputs.json
 
 Crystals are those of cogn_graphs.jsonl.zst. The output has, of coGN and coNGN, the number of parameters and
-the prediction for each crystal with the weights and element facts of fixed_weights.py. (The PyPI package lacks
-its periodic table, so facts of some kind have to be given to it.)
+the prediction for each crystal with the weights and element facts of fixed_weights.py. (The PyPI package
+lacks its periodic table, so facts of some kind have to be given to it.)
 
 coNGN's reference leaves out the angles between two neighbours that are copies of one atom: in its molecular
 code that is one bond, in a crystal it is not. Here it is told to take all pairs of bonds to an atom.
