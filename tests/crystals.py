@@ -1,6 +1,7 @@
 """Crystals for the tests: textbook ones, and random ones of any space group."""
 
 import functools
+import itertools
 
 import numpy as np
 from hypothesis import assume
@@ -30,7 +31,29 @@ def prototypes() -> dict[str, Structure]:
 
 
 def crystal_of_spacegroup(spacegroup: int, seed: int) -> Structure:
-    """Two or three elements on random or special positions, from a seed."""
+    """Two or three elements on random or special positions, from a seed; inside a property test."""
+    crystal = candidate(spacegroup, seed)
+    assume(is_sound(crystal))
+    return crystal
+
+
+@functools.cache
+def varied_crystals() -> list[Structure]:
+    """One crystal of every eighth space group."""
+    found = []
+    for spacegroup in range(1, 231, 8):
+        tried = (candidate(spacegroup, seed) for seed in itertools.count(spacegroup))
+        found.append(next(filter(is_sound, tried)))
+    return found
+
+
+def is_sound(crystal: Structure) -> bool:
+    """Whether it is small and no two atoms are close."""
+    return len(crystal) <= 60 and (crystal.distance_matrix + 9 * np.eye(len(crystal))).min() > 0.3
+
+
+def candidate(spacegroup: int, seed: int) -> Structure:
+    """A crystal that may be unsound."""
     rng = np.random.default_rng(seed)
     a, b, c = rng.uniform(4, 9, 3)
     if spacegroup >= 195:
@@ -53,6 +76,4 @@ def crystal_of_spacegroup(spacegroup: int, seed: int) -> Structure:
     else:  # one parameter at most: positions of three have up to 192 atoms
         sites[1] = rng.choice(special) + rng.choice([0, 1], 3) * rng.random()
     species = rng.choice(["Na", "Cl", "Fe", "O", "U"], len(sites), replace=False).tolist()
-    crystal = Structure.from_spacegroup(spacegroup, lattice, species, sites)
-    assume(len(crystal) <= 60 and (crystal.distance_matrix + 9 * np.eye(len(crystal))).min() > 0.3)
-    return crystal
+    return Structure.from_spacegroup(spacegroup, lattice, species, sites)

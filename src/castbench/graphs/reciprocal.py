@@ -54,9 +54,10 @@ def reciprocal_graph(unit: AsymmetricUnit, neighbours: int, symprec: float) -> C
 
 def every_atom(unit: AsymmetricUnit) -> AsymmetricUnit:
     """The same cell with every atom an orbit of its own."""
-    each, numbers = np.arange(len(unit.orbits)), unit.atomic_numbers[unit.orbits]
+    n, numbers = len(unit.orbits), unit.atomic_numbers[unit.orbits]
+    copies = np.full(n, unit.multiplicities.sum() / n)  # the cell is the conventional one, or primitive
     return replace(
-        unit, orbits=each, representatives=each, atomic_numbers=numbers, multiplicities=np.ones(len(each))
+        unit, orbits=np.arange(n), representatives=np.arange(n), atomic_numbers=numbers, multiplicities=copies
     )
 
 

@@ -105,7 +105,8 @@ def element_categories() -> np.ndarray:
             for value, (low, high) in zip(_measured(element).values(), RANGES.values(), strict=True):
                 share = None if value is None else (value - low) / (high - low)
                 places.append(None if share is None else min(max(int(share * N_RANGE), 0), N_RANGE - 1))
-            places += [_valence(element) - 1, BLOCKS.index(element.block)]
+            block = "s" if element.symbol == "He" else element.block  # pymatgen goes by the group
+            places += [_valence(element) - 1, BLOCKS.index(block)]
             for start, place in zip(starts[:-1], places, strict=True):
                 if place is not None:
                     row[start + place] = 1
