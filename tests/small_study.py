@@ -79,7 +79,7 @@ def write_graphs(root: Path) -> None:
             CrystalGraph(elements, np.ones(n, np.float32), source, np.sort(target), distances, ones, 1)
         )
     graphs[WITHOUT_GRAPH] = "two atoms are in one place"
-    settings = {"neighbours": 24, "symprec": 1e-4, "spglib": "any"}
+    settings = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4, "spglib": "any"}
     with PackedWriter(root / "graphs", settings, sha256_file(root / "materials.parquet")) as writer:
         writer.append(IDS, graphs)
 

@@ -16,7 +16,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [f"castbench.training.{verb}" for verb in ("train", "pretrain", "compositions")]
     + [f"castbench.models.{idea}" for idea in ("cogn", "concat", "contrastive", "cross_attention", "text")]
-    + [f"castbench.models.{idea}" for idea in ("crabnet", "edm_transformer")]
+    + [f"castbench.models.{idea}" for idea in ("crabnet", "edm_transformer", "structure")]
     + ["castbench.cli", "castbench.text.encoders", "peft", "torch._dynamo"]
 )
 KILLS, KILLED = 10, -signal.SIGKILL

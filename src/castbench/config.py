@@ -9,21 +9,31 @@ from castbench.text import slug
 
 Config = dict[str, Any]
 
-# model: (how it reads text, architecture sections, pretraining objective).
+# structure encoder, which is also its architecture section: nearest neighbours of a node in its graph as
+# published; None where the graph has no such number.
+STRUCTURE_ENCODERS: dict[str, int | None] = {
+    "cogn": 24,
+    "congn": None,
+    "alignn": 12,
+    "cgcnn": 12,
+    "megnet": None,
+}
+# model: (how it reads text, architecture sections, pretraining objective); the section "structure" is that of
+# the structure encoder.
 # Text is "none", "frozen", "lora", or "choice": the key `text` of the cross_attention section.
 MODELS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
-    "structure_only": ("none", ("cogn",), None),
+    "structure_only": ("none", ("structure",), None),
     "text_only": ("lora", ("lora",), None),
-    "crysmmnet_frozen": ("frozen", ("cogn", "concat"), None),
-    "crysmmnet_lora": ("lora", ("cogn", "concat", "lora"), None),
-    "multimat": ("none", ("cogn",), "contrastive"),
-    "cast_scratch": ("choice", ("cogn", "cross_attention"), None),
-    "cast": ("choice", ("cogn", "cross_attention"), "masked_node"),
+    "crysmmnet_frozen": ("frozen", ("structure", "concat"), None),
+    "crysmmnet_lora": ("lora", ("structure", "concat", "lora"), None),
+    "multimat": ("none", ("structure",), "contrastive"),
+    "cast_scratch": ("choice", ("structure", "cross_attention"), None),
+    "cast": ("choice", ("structure", "cross_attention"), "masked_node"),
 }
 # objective: (architecture sections, how it reads text)
 OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
-    "masked_node": (("cogn", "cross_attention"), "choice"),
-    "contrastive": (("cogn", "contrastive"), "frozen"),
+    "masked_node": (("structure", "cross_attention"), "choice"),
+    "contrastive": (("structure", "contrastive"), "frozen"),
 }
 # keys of `training` that the composition study shares
 DEVICE_KEYS = ("precision", "device", "devices", "num_nodes", "threads")
@@ -56,7 +66,7 @@ def check(config: Config) -> None:
         )
     architecture = config["architecture"]
     width, fusion = architecture["cogn"]["width"], architecture["cross_attention"]
-    if fusion["width"] != width:
+    if config["structure_encoder"] == "cogn" and fusion["width"] != width:
         raise InputError(
             f"architecture.cross_attention.width: {fusion['width']} differs from cogn.width {width}; "
             "make them equal"
@@ -65,6 +75,11 @@ def check(config: Config) -> None:
         raise InputError(
             f"architecture.cross_attention.heads: {fusion['heads']} does not divide "
             f"the width {fusion['width']}; choose a divisor"
+        )
+    if config["graphs"]["neighbours"] and not STRUCTURE_ENCODERS[config["structure_encoder"]]:
+        raise InputError(
+            f"graphs.neighbours: the graph of {config['structure_encoder']} has no number of neighbours; "
+            "make it null"
         )
     materials = config["materials"]
     if materials["source"] != "materials_project":
@@ -208,7 +223,17 @@ def architecture(name: str, config: Config) -> Config:
     sections = list(OBJECTIVES[name][0] if name in OBJECTIVES else MODELS[name][1])
     if text_mode(name, config) == "lora" and "lora" not in sections:
         sections.append("lora")
+    sections = [config["structure_encoder"] if name == "structure" else name for name in sections]
     return {section: config["architecture"][section] for section in sections}
+
+
+def graph_settings(config: Config) -> Config:
+    """The part of the configuration that the graphs depend on."""
+    encoder = config["structure_encoder"]
+    found = {"structure_encoder": encoder, "symprec": config["graphs"]["symprec"]}
+    if published := STRUCTURE_ENCODERS[encoder]:
+        found["neighbours"] = config["graphs"]["neighbours"] or published
+    return found
 
 
 def training_settings(model: str, config: Config) -> Config:

@@ -1,4 +1,4 @@
-"""Record the reference's graphs: python make_cogn_graphs.py < crystals.jsonl > cogn_graphs.jsonl
+r"""Record the reference's graphs: python make_cogn_graphs.py < crystals.jsonl > cogn_graphs.jsonl
 
 A line has material_id, lattice, species and frac_coords. To it are added, as multisets that do not depend on
 the order of atoms: the space group, nodes [atomic number, multiplicity], and edges [atomic number and
@@ -7,8 +7,9 @@ input again. With --time it prints the CPU seconds of each crystal instead.
 
 Runs in an environment of its own (Python 3.11), which pip cannot resolve by itself:
 
-    pip install --no-deps kgcnn==3.0.0 pyxtal==0.5.9 spglib==2.0.2
-    pip install pymatgen==2023.5.10 networkx==3.1 numpy==1.24.3 pandas==2.0.3 scipy==1.11.4 py3Dmol
+    pip install networkx==3.1 numpy==1.24.3 pandas==2.0.3 scipy==1.11.4 monty==2023.9.25 ruamel.yaml \
+        uncertainties palettable tabulate tqdm pybtex plotly requests sympy "matplotlib<3.9" py3Dmol
+    pip install --no-deps pymatgen==2023.5.10 kgcnn==3.0.0 pyxtal==0.5.9 spglib==2.0.2
 """
 
 import json

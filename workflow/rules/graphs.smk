@@ -6,7 +6,7 @@ Output: graphs/, packed arrays and their manifest.
 
 
 rule build_graphs:
-    """Build asymmetric-unit graphs."""
+    """Build the asymmetric-unit graphs that the structure encoder reads."""
     input:
         materials=ancient("results/{dataset}/materials.parquet"),
         funnel="results/{dataset}/funnel.json",
@@ -18,7 +18,7 @@ rule build_graphs:
         "../../envs/data.yaml"
     threads: workflow.cores
     params:
-        settings=settings("graphs.neighbours", "graphs.symprec"),
+        settings=json.dumps(meaning.graph_settings(config), sort_keys=True),
     shell:
         "python -m castbench build_graphs --settings {params.settings:q} --materials {input.materials}"
         " --threads {threads} --output results/{wildcards.dataset}/graphs --log {log}"

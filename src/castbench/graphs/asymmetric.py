@@ -21,6 +21,7 @@ class AsymmetricUnit:
         representatives: (m,) one atom of each orbit.
         atomic_numbers: (m,) element of each orbit.
         multiplicities: (m,) atoms of each orbit in the conventional cell.
+        centring: primitive cells in the conventional one.
         spacegroup: international number, 1 where no symmetry was found.
     """
 
@@ -30,6 +31,7 @@ class AsymmetricUnit:
     representatives: np.ndarray
     atomic_numbers: np.ndarray
     multiplicities: np.ndarray
+    centring: int
     spacegroup: int
 
 
@@ -54,18 +56,19 @@ def asymmetric_unit(
         cell = cubic_cell(lattice, positions, atomic_numbers, symprec)
         first_atoms = cell.atoms[cell.orbits]
         kept = cell.lattice, cell.positions, atomic_numbers[cell.atoms]
-        return _unit(*kept, first_atoms, cell.centring, cell.spacegroup)
+        return _unit(*kept, first_atoms, cell.centring, cell.centring, cell.spacegroup)
     dataset = None
     with suppress(spglib.SpglibError):  # spglib before 2.9 returns None instead
         given: Any = (lattice, positions, atomic_numbers)  # spglib's hints know lists only
         dataset = spglib.get_symmetry_dataset(given, symprec=symprec)
     if dataset is None:
-        return _unit(lattice, positions, atomic_numbers, np.arange(len(atomic_numbers)), 1, 1)
+        return _unit(lattice, positions, atomic_numbers, np.arange(len(atomic_numbers)), 1, 1, 1)
     # spglib names orbits by atoms of the input cell; both cells map onto the same primitive cell.
     orbits = np.empty(dataset.mapping_to_primitive.max() + 1, dtype=int)
     orbits[dataset.mapping_to_primitive] = dataset.crystallographic_orbits
     kept = dataset.std_lattice, dataset.std_positions, dataset.std_types
-    return _unit(*kept, orbits[dataset.std_mapping_to_primitive], 1, dataset.number)
+    centring = len(dataset.std_types) // len(orbits)
+    return _unit(*kept, orbits[dataset.std_mapping_to_primitive], 1, centring, dataset.number)
 
 
 def _unit(
@@ -73,10 +76,11 @@ def _unit(
     positions: np.ndarray,
     atomic_numbers: np.ndarray,
     labels: np.ndarray,
+    copies: int,
     centring: int,
     spacegroup: int,
 ) -> AsymmetricUnit:
-    """Number the orbits in the order of their labels (n,)."""
+    """Number the orbits in the order of their labels (n,); the conventional cell is `copies` of the given."""
     _, representatives, orbits, counts = np.unique(
         labels, return_index=True, return_inverse=True, return_counts=True
     )
@@ -86,6 +90,7 @@ def _unit(
         orbits=orbits,
         representatives=representatives,
         atomic_numbers=atomic_numbers[representatives],
-        multiplicities=counts * centring,
+        multiplicities=counts * copies,
+        centring=centring,
         spacegroup=spacegroup,
     )

@@ -15,7 +15,7 @@ import spglib
 from pymatgen.core import Element
 
 from castbench.errors import InputError
-from castbench.graphs.neighbours import crystal_graph
+from castbench.graphs.kinds import KINDS, structure_graph
 from castbench.graphs.packed import PackedGraphs, PackedWriter, Result
 from castbench.provenance import measured, sha256_file
 
@@ -31,7 +31,8 @@ def build_graphs(settings: dict[str, Any], materials: Path, output: Path, thread
     A crystal that has no graph gets a warning, a status, and no nodes; the others go on.
 
     Args:
-        settings: "neighbours" of a node, and "symprec" in angstrom.
+        settings: "structure_encoder" whose graphs they are; "symprec" in angstrom; "neighbours" of a node,
+            where the encoder's graph has that number.
         materials: materials.parquet.
         output: folder to write.
         threads: worker processes; the files do not depend on it.
@@ -41,7 +42,8 @@ def build_graphs(settings: dict[str, Any], materials: Path, output: Path, thread
     if _is_current(output, settings, source):
         log.info("%s is of these materials and settings; nothing to do", output)
         return
-    with measured(output / "cost.json"), PackedWriter(output, settings, source) as writer:
+    arrays = KINDS[settings["structure_encoder"]].arrays
+    with measured(output / "cost.json"), PackedWriter(output, settings, source, arrays) as writer:
         for material_ids, results in _chunks(settings, materials, threads):
             for material_id, result in zip(material_ids, results, strict=True):
                 if isinstance(result, str):
@@ -88,12 +90,11 @@ def graphs_of(materials: pa.RecordBatch, settings: dict[str, Any]) -> Chunk:
 
 def _graph_or_reason(structure: dict[str, Any], settings: dict[str, Any]) -> Result:
     try:
-        return crystal_graph(
+        return structure_graph(
             np.reshape(structure["lattice"], (3, 3)),
             np.reshape(structure["frac_coords"], (-1, 3)),
             np.array([ATOMIC_NUMBERS[symbol] for symbol in structure["species"]], dtype=int),
-            settings["neighbours"],
-            settings["symprec"],
+            settings,
         )
     except KeyError as error:
         return f"unknown element {error}"

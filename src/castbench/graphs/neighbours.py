@@ -1,11 +1,11 @@
-"""coGN's graph of a crystal: its asymmetric unit, joined by nearest neighbours (spec/models.md 1.1)."""
+"""Crystals as graphs of their asymmetric unit, joined by nearest neighbours or within a radius."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pymatgen.optimization.neighbors import find_points_in_spheres
 
-from castbench.graphs.asymmetric import asymmetric_unit
+from castbench.graphs.asymmetric import AsymmetricUnit, asymmetric_unit
 
 # Distances closer than this are one shell, angstrom. Symmetry-equal distances of an idealised cell differ by
 # 1e-12; of 11,000 nodes of real crystals none has a gap between 1e-9, which the reference takes, and 1e-7.
@@ -19,11 +19,15 @@ class CrystalGraph:
 
     Attributes:
         atomic_numbers: (n,) uint8.
-        multiplicities: (n,) float32, atoms of the conventional cell that a node stands for.
+        multiplicities: (n,) float32, atoms that a node stands for: of the conventional cell for coGN, of the
+            primitive cell for the other encoders.
         edge_source, edge_target: (e,) int32, sorted by target, then source, then distance.
         distances: (e,) float32, angstrom.
         edge_multiplicities: (e,) float32, parallel edges that an edge stands for.
         spacegroup: international number; packed graphs keep it in their index alone.
+        vectors: (e, 3) float32, from the centre to the neighbour, angstrom; where the encoder reads angles.
+        edge_reverse: (e,) int32, ALIGNN's: the edge between the same atoms whose centre is the neighbour.
+        ridge_areas: (e,) float32, coNGN's: area of the face between the two atoms, square angstrom.
     """
 
     atomic_numbers: np.ndarray
@@ -33,15 +37,70 @@ class CrystalGraph:
     distances: np.ndarray
     edge_multiplicities: np.ndarray
     spacegroup: int | None = None
+    vectors: np.ndarray | None = None
+    edge_reverse: np.ndarray | None = None
+    ridge_areas: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a centre and a neighbour.
+
+    Attributes:
+        centre: (p,) row of the list of centres.
+        atom: (p,) neighbouring atom of the cell.
+        image: (p, 3) cell that it is in.
+        distance: (p,) float64, angstrom.
+    """
+
+    centre: np.ndarray
+    atom: np.ndarray
+    image: np.ndarray
+    distance: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> "Pairs":
+        return Pairs(self.centre[rows], self.atom[rows], self.image[rows], self.distance[rows])
+
+
+def pairs_within(lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, radius: float) -> Pairs:
+    """Periodic neighbours of the atoms `centres` (m,) within `radius`, themselves left out; in no order."""
+    lattice = np.ascontiguousarray(lattice, dtype=float)
+    atoms = np.ascontiguousarray(positions @ lattice)
+    centre, atom, image, distance = find_points_in_spheres(
+        atoms, atoms[centres], r=radius, pbc=PERIODIC, lattice=lattice
+    )
+    others = (atom != centres[centre]) | image.any(axis=1)
+    return Pairs(centre, atom, image, distance)[others]
+
+
+def pairs_with_nearest(
+    lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, k: int
+) -> tuple[Pairs, np.ndarray]:
+    """Sorted by centre and distance, the neighbours in a sphere that holds the shell of each centre's k-th,
+    and the distance of that (m,).
+
+    The search radius starts where a crystal of this density holds about 2k atoms and grows until every centre
+    has its k, anew each time. (The reference appends a second search to what the first had found.)
+    """
+    volume = abs(np.linalg.det(lattice))
+    # Capped: a slab or a molecule in vacuum has a low mean density, but neighbours nearby.
+    radius = min((1.5 * k * volume / (np.pi * len(positions))) ** (1 / 3), 2.0 * k ** (1 / 3) + 2.0)
+    while True:
+        pairs = pairs_within(lattice, positions, centres, radius)
+        # A shell at the very edge of the sphere may be cut in two.
+        inside = pairs.centre[pairs.distance < radius - TIE]
+        if np.bincount(inside, minlength=len(centres)).min() >= k:
+            break
+        radius *= 1.25
+    pairs = pairs[np.lexsort((pairs.distance, pairs.centre))]
+    first = np.searchsorted(pairs.centre, np.arange(len(centres)))
+    return pairs, pairs.distance[first + k - 1]
 
 
 def nearest_neighbours(
     lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each centre, its k nearest periodic neighbours and all that tie with the k-th, itself left out.
-
-    The search radius starts where a crystal of this density holds about 2k atoms and grows until every centre
-    has its k, anew each time. (The reference appends a second search to what the first had found.)
 
     Args:
         lattice: (3, 3) row vectors, angstrom.
@@ -52,54 +111,18 @@ def nearest_neighbours(
     Returns:
         Of each of p pairs: row of `centres`, neighbouring atom (both int), distance (float64, angstrom).
     """
-    volume = abs(np.linalg.det(lattice))
-    atoms = np.ascontiguousarray(positions @ lattice)
-    lattice = np.ascontiguousarray(lattice, dtype=float)
-    # Capped: a slab or a molecule in vacuum has a low mean density, but neighbours nearby.
-    radius = min((1.5 * k * volume / (np.pi * len(atoms))) ** (1 / 3), 2.0 * k ** (1 / 3) + 2.0)
-    while True:
-        centre, atom, image, distance = find_points_in_spheres(
-            atoms, atoms[centres], r=radius, pbc=PERIODIC, lattice=lattice
-        )
-        others = (atom != centres[centre]) | image.any(axis=1)
-        centre, atom, distance = centre[others], atom[others], distance[others]
-        # A shell at the very edge of the sphere may be cut in two.
-        if np.bincount(centre[distance < radius - TIE], minlength=len(centres)).min() >= k:
-            break
-        radius *= 1.25
-    order = np.lexsort((distance, centre))
-    centre, atom, distance = centre[order], atom[order], distance[order]
-    first = np.searchsorted(centre, np.arange(len(centres)))
-    kept = distance <= distance[first + k - 1][centre] + TIE
-    return centre[kept], atom[kept], distance[kept]
+    pairs, last = pairs_with_nearest(lattice, positions, centres, k)
+    pairs = pairs[pairs.distance <= last[pairs.centre] + TIE]
+    return pairs.centre, pairs.atom, pairs.distance
 
 
-def crystal_graph(
-    lattice: np.ndarray,
-    positions: np.ndarray,
-    atomic_numbers: np.ndarray,
-    neighbours: int = 24,
-    symprec: float = 1e-4,
-) -> CrystalGraph:
-    """Build coGN's graph of a crystal (reference: kgcnn 3.0.0, KNN asymmetric-unit cell).
-
-    Only atoms of the asymmetric unit receive edges: all atoms of an orbit see the same surroundings, hence
-    have the same state, and the mean over nodes weighted by multiplicity is the mean over the whole cell.
-
-    A message depends on (source, target, distance) alone and messages are summed, so edges equal in all
-    three are stored once with their count: messages weighted by it add up to those of the reference's
-    multigraph.
-
-    Args:
-        lattice: (3, 3) row vectors, angstrom.
-        positions: (n, 3) fractional coordinates.
-        atomic_numbers: (n,) elements.
-        neighbours: neighbours of each node, at least; all that tie with the last are kept.
-        symprec: distance tolerance of the symmetry search, angstrom.
+def unit_of(
+    lattice: np.ndarray, positions: np.ndarray, atomic_numbers: np.ndarray, symprec: float
+) -> AsymmetricUnit:
+    """The asymmetric unit of a crystal.
 
     Raises:
-        ValueError: the cell is empty or flat, lengths differ, a number is not finite, or two atoms are
-            closer than `symprec`.
+        ValueError: the cell is empty or flat, lengths differ, a number is not finite.
     """
     if not len(atomic_numbers):
         raise ValueError("no atoms")
@@ -109,22 +132,98 @@ def crystal_graph(
         raise ValueError("lattice or coordinates are not finite")
     if abs(np.linalg.det(lattice)) < 1e-3:
         raise ValueError("the cell has no volume")
-    unit = asymmetric_unit(lattice, positions, atomic_numbers, symprec)
-    centres = unit.representatives
-    target, atom, distance = nearest_neighbours(unit.lattice, unit.positions, centres, neighbours)
-    if distance.min() < symprec:
+    return asymmetric_unit(lattice, positions, atomic_numbers, symprec)
+
+
+def vectors_of(unit: AsymmetricUnit, pairs: Pairs) -> np.ndarray:
+    """Vectors (p, 3) from each centre, a representative of the unit, to its neighbour, angstrom."""
+    centres = unit.representatives[pairs.centre]
+    return (unit.positions[pairs.atom] + pairs.image - unit.positions[centres]) @ unit.lattice
+
+
+def directed(unit: AsymmetricUnit, pairs: Pairs, symprec: float) -> tuple[CrystalGraph, np.ndarray]:
+    """The graph with an edge for each pair, with its vector, and the order (p,) of the pairs in it.
+
+    Raises:
+        ValueError: two atoms are closer than `symprec`.
+    """
+    if pairs.distance.min() < symprec:
         raise ValueError("two atoms are in one place")
-    source = unit.orbits[atom]
-    order = np.lexsort((distance, source, target))
-    source, target, distance = source[order], target[order], distance[order]
-    different = (np.diff(source) != 0) | (np.diff(target) != 0) | (np.diff(distance) > TIE)
-    first = np.flatnonzero(np.concatenate(([True], different)))
-    return CrystalGraph(
+    source = unit.orbits[pairs.atom]
+    order = np.lexsort((pairs.distance, source, pairs.centre))
+    graph = CrystalGraph(
         atomic_numbers=unit.atomic_numbers.astype(np.uint8),
         multiplicities=unit.multiplicities.astype(np.float32),
-        edge_source=source[first].astype(np.int32),
-        edge_target=target[first].astype(np.int32),
-        distances=distance[first].astype(np.float32),
-        edge_multiplicities=np.diff(first, append=len(distance)).astype(np.float32),
+        edge_source=source[order].astype(np.int32),
+        edge_target=pairs.centre[order].astype(np.int32),
+        distances=pairs.distance[order].astype(np.float32),
+        edge_multiplicities=np.ones(len(order), np.float32),
         spacegroup=unit.spacegroup,
+        vectors=vectors_of(unit, pairs[order]).astype(np.float32),
     )
+    return graph, order
+
+
+def merged(unit: AsymmetricUnit, pairs: Pairs, symprec: float) -> CrystalGraph:
+    """The graph with an edge for each pair, parallel ones of one length merged and counted.
+
+    Where a message depends on (source, target, distance) alone and messages are summed, those of merged
+    edges, weighted by their counts, add up to those of the multigraph.
+
+    Raises:
+        ValueError: two atoms are closer than `symprec`.
+    """
+    graph, order = directed(unit, pairs, symprec)
+    different = np.diff(graph.edge_source).astype(bool) | np.diff(graph.edge_target).astype(bool)
+    different |= np.diff(pairs.distance[order]) > TIE
+    first = np.flatnonzero(np.concatenate(([True], different)))
+    return replace(
+        graph,
+        edge_source=graph.edge_source[first],
+        edge_target=graph.edge_target[first],
+        distances=graph.distances[first],
+        edge_multiplicities=np.diff(first, append=len(order)).astype(np.float32),
+        vectors=None,
+    )
+
+
+def nearest_graph(unit: AsymmetricUnit, neighbours: int, symprec: float) -> CrystalGraph:
+    """The graph whose nodes receive edges from their nearest neighbours; arguments as for `crystal_graph`."""
+    pairs, last = pairs_with_nearest(unit.lattice, unit.positions, unit.representatives, neighbours)
+    return merged(unit, pairs[pairs.distance <= last[pairs.centre] + TIE], symprec)
+
+
+def radius_graph(unit: AsymmetricUnit, radius: float, symprec: float) -> CrystalGraph:
+    """The graph of all neighbours within `radius`, angstrom; a lone atom gets its nearest shell.
+
+    (MEGNet's reference refuses a crystal with a lone atom.)
+    """
+    _, nearest = pairs_with_nearest(unit.lattice, unit.positions, unit.representatives, 1)
+    reach = np.maximum(radius, nearest + TIE)
+    pairs = pairs_within(unit.lattice, unit.positions, unit.representatives, reach.max())
+    return merged(unit, pairs[pairs.distance <= reach[pairs.centre]], symprec)
+
+
+def crystal_graph(
+    lattice: np.ndarray,
+    positions: np.ndarray,
+    atomic_numbers: np.ndarray,
+    neighbours: int = 24,
+    symprec: float = 1e-4,
+) -> CrystalGraph:
+    """Build coGN's graph of a crystal (reference: kgcnn 3.0.0, KNN asymmetric-unit cell; spec/models.md 1.1).
+
+    Only atoms of the asymmetric unit receive edges: all atoms of an orbit see the same surroundings, hence
+    have the same state, and the mean over nodes weighted by multiplicity is the mean over the whole cell.
+
+    Args:
+        lattice: (3, 3) row vectors, angstrom.
+        positions: (n, 3) fractional coordinates.
+        atomic_numbers: (n,) elements.
+        neighbours: neighbours of each node, at least; all that tie with the last are kept.
+        symprec: distance tolerance of the symmetry search, angstrom.
+
+    Raises:
+        ValueError: what `unit_of` and `merged` refuse.
+    """
+    return nearest_graph(unit_of(lattice, positions, atomic_numbers, symprec), neighbours, symprec)

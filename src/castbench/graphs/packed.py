@@ -16,7 +16,7 @@ from castbench.errors import InputError
 from castbench.graphs.neighbours import CrystalGraph
 from castbench.provenance import sha256_file, write_json
 
-FORMAT = 1  # raise it whenever the files or the graphs in them change
+FORMAT = 2  # raise it whenever the files or the graphs in them change
 NODE_ARRAYS = {"atomic_numbers": np.uint8, "multiplicities": np.float32}
 EDGE_ARRAYS = {
     "edge_source": np.int32,
@@ -26,6 +26,8 @@ EDGE_ARRAYS = {
 }
 OFFSETS = {"node_offsets": np.int64, "edge_offsets": np.int64}
 ARRAYS = OFFSETS | NODE_ARRAYS | EDGE_ARRAYS
+EXTRA_ARRAYS = {"vectors": np.float32, "edge_reverse": np.int32, "ridge_areas": np.float32}  # of some kinds
+COLUMNS = {"vectors": (3,)}
 INDEX = pa.schema(
     [
         ("material_id", pa.string()),
@@ -38,7 +40,7 @@ INDEX = pa.schema(
 LENGTHS = (
     dict.fromkeys(OFFSETS, "n_graphs")
     | dict.fromkeys(NODE_ARRAYS, "n_nodes")
-    | dict.fromkeys(EDGE_ARRAYS, "n_edges")
+    | dict.fromkeys(EDGE_ARRAYS | EXTRA_ARRAYS, "n_edges")
 )
 Result = CrystalGraph | str  # a graph, or why there is none
 
@@ -58,17 +60,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class GrowingArray:
-    """A one-dimensional .npy file that is written piece by piece."""
+    """A .npy file of numbers, or of rows of `columns` numbers, that is written piece by piece."""
 
-    def __init__(self, path: Path, dtype: type):
-        self.dtype, self.length = np.dtype(dtype), 0
+    def __init__(self, path: Path, dtype: type, columns: tuple[int, ...] = ()):
+        self.dtype, self.columns, self.length = np.dtype(dtype), columns, 0
         path.unlink(missing_ok=True)  # who has mapped the old file keeps it whole
         self.handle: BinaryIO = path.open("xb")
         self._header()
 
     def _header(self) -> None:
         # numpy pads the header so that a longer shape fits in its place.
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length, *self.columns)}
         np.lib.format.write_array_header_1_0(self.handle, header)
 
     def append(self, pieces: Sequence[np.ndarray]) -> None:
@@ -90,14 +92,21 @@ class PackedWriter:
     """Writes the folder that `PackedGraphs` reads; memory does not grow with the number of crystals.
 
     The manifest goes first and comes back last, so that what a killed run leaves is never taken for a cache.
+    `extras` are the names of `EXTRA_ARRAYS` that the graphs have.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], source: str):
+    def __init__(self, folder: Path, settings: dict[str, Any], source: str, extras: Sequence[str] = ()):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)
         self.folder = folder
         self.made_from = {"settings": settings, "source": source}
-        self.arrays = {name: GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        dtypes = ARRAYS | {name: EXTRA_ARRAYS[name] for name in extras}
+        self.arrays = {
+            name: GrowingArray(folder / f"{name}.npy", dtype, COLUMNS.get(name, ()))
+            for name, dtype in dtypes.items()
+        }
+        for name in EXTRA_ARRAYS.keys() - dtypes.keys():
+            (folder / f"{name}.npy").unlink(missing_ok=True)  # of graphs of another kind
         self.index = pq.ParquetWriter(folder / "index.parquet", INDEX)
         self.n_nodes = self.n_edges = self.n_edges_expanded = self.n_failed = 0
         self.nodes_squared = 0
@@ -107,7 +116,7 @@ class PackedWriter:
     def append(self, material_ids: Sequence[str], results: Sequence[Result]) -> None:
         """Add crystals in order. One without a graph has no nodes, and its reason stands in the index."""
         graphs = [result for result in results if isinstance(result, CrystalGraph)]
-        for name in NODE_ARRAYS | EDGE_ARRAYS:
+        for name in self.arrays.keys() - OFFSETS.keys():
             self.arrays[name].append([getattr(graph, name) for graph in graphs])
         is_graph = [isinstance(result, CrystalGraph) for result in results]
         nodes, edges = np.zeros(len(results), np.int64), np.zeros(len(results), np.int64)
@@ -141,7 +150,7 @@ class PackedWriter:
         n_graphs = self.arrays["node_offsets"].length - 1
         n_ok = max(n_graphs - self.n_failed, 1)
         mean = self.n_nodes / n_ok  # over the crystals that have a graph
-        files = [*(f"{name}.npy" for name in ARRAYS), "index.parquet"]
+        files = [*(f"{name}.npy" for name in self.arrays), "index.parquet"]
         manifest = self.made_from | {
             "format": FORMAT,
             "n_graphs": n_graphs,
@@ -168,6 +177,8 @@ class PackedGraphs:
         atomic_numbers, multiplicities: (N,), see `CrystalGraph`.
         edge_source, edge_target: (E,), nodes counted within the crystal.
         distances, edge_multiplicities: (E,), distances in angstrom.
+        vectors, edge_reverse, ridge_areas: (E, 3), (E,) and (E,), edges counted within the crystal; None in
+            graphs of an encoder that does not read them.
         manifest: what made the cache, counts, and the hash of each file.
     """
 
@@ -181,6 +192,9 @@ class PackedGraphs:
     edge_target: np.ndarray
     distances: np.ndarray
     edge_multiplicities: np.ndarray
+    vectors: np.ndarray | None = None
+    edge_reverse: np.ndarray | None = None
+    ridge_areas: np.ndarray | None = None
 
     @classmethod
     def open(cls, folder: Path, source: str | None = None, verify: bool = False) -> Self:
@@ -204,16 +218,23 @@ class PackedGraphs:
             if verify and sha256_file(path) != recorded["sha256"]:
                 raise InputError(f"{path}: does not match its hash; build the graphs again")
         arrays = {}
-        for name, dtype in ARRAYS.items():
+        present = {name: dtype for name, dtype in EXTRA_ARRAYS.items() if f"{name}.npy" in manifest["files"]}
+        for name, dtype in (ARRAYS | present).items():
             try:
                 arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError) as error:
                 raise InputError(f"{folder / name}.npy: {error}; build the graphs again") from error
             length = manifest[LENGTHS[name]] + (name in OFFSETS)
-            if arrays[name].shape != (length,) or arrays[name].dtype != dtype:
+            if arrays[name].shape != (length, *COLUMNS.get(name, ())) or arrays[name].dtype != dtype:
                 wanted = f"{length} values of {dtype.__name__}"
                 raise InputError(f"{folder / name}.npy: not {wanted}; build the graphs again")
         return cls(folder, manifest, **arrays)
+
+    @property
+    def edge_arrays(self) -> dict[str, np.ndarray]:
+        """The arrays over edges that these graphs have, by name."""
+        found = {name: getattr(self, name) for name in EDGE_ARRAYS | EXTRA_ARRAYS}
+        return {name: array for name, array in found.items() if array is not None}
 
     @property
     def n_graphs(self) -> int:
@@ -232,5 +253,5 @@ class PackedGraphs:
         edges = slice(*self.edge_offsets[crystal : crystal + 2])
         return CrystalGraph(
             **{name: getattr(self, name)[nodes] for name in NODE_ARRAYS},
-            **{name: getattr(self, name)[edges] for name in EDGE_ARRAYS},
+            **{name: array[edges] for name, array in self.edge_arrays.items()},
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # name -> where its constructor (architecture, encoder folder) is; imported when asked for.
 REGISTRY = {
-    "structure_only": "cogn:StructureOnly",
+    "structure_only": "structure:StructureOnly",
     "text_only": "text:TextOnly",
     "crysmmnet_frozen": "concat:crysmmnet_frozen",
     "crysmmnet_lora": "concat:crysmmnet_lora",

@@ -11,8 +11,10 @@ from castbench.errors import InputError
 from castbench.models.batch import ABSENT
 
 if TYPE_CHECKING:
-    from castbench.models.cogn import CoGN
+    from castbench.models.structure import StructureEncoder
     from castbench.models.text import TextEncoder
+
+RUNNING = (".running_mean", ".running_var")  # statistics of batch normalisation
 
 
 @dataclass  # not frozen: Fabric walks through what a module returns
@@ -25,23 +27,28 @@ class Outcome:
 
 
 class Network(nn.Module):
-    """A model with at most one structure encoder `cogn` and one text encoder `text`.
+    """A model with at most one structure encoder `structure` and one text encoder `text`.
 
     A prediction model maps a batch to (B,) standardised predictions, a pretraining model to an `Outcome`.
     """
 
     pretrained: tuple[str, ...] = ()  # submodules that start from the pretraining network
 
-    def __init__(self, cogn: CoGN = ABSENT, text: TextEncoder = ABSENT):
+    def __init__(self, structure: StructureEncoder = ABSENT, text: TextEncoder = ABSENT):
         super().__init__()
-        self.cogn = cogn
+        self.structure = structure
         self.text = text
 
     @property
     def needs(self) -> frozenset[str]:
         """The parts of a batch that are read: "graph", "token_ids", "token_states"."""
-        graph = {"graph"} if self.cogn is not None else set()
+        graph = {"graph"} if self.structure is not None else set()
         return frozenset(graph | (self.text.needs if self.text is not None else set()))
+
+    @property
+    def structure_encoder(self) -> str | None:
+        """Name of the structure encoder, whose graphs are read."""
+        return None if self.structure is None else self.structure.name
 
     @property
     def text_mode(self) -> str:
@@ -62,8 +69,13 @@ class Network(nn.Module):
         return groups
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Trainable parameters by name: with the frozen encoder, all that it takes to rebuild the model."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """Trainable parameters and running means by name: all that it takes to rebuild the model, beside the
+        frozen text encoder."""
+        state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        if self.structure is not None:
+            buffers = self.structure.named_buffers(prefix="structure")
+            state |= {name: buffer for name, buffer in buffers if name.endswith(RUNNING)}
+        return state
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Load what `trained_state` gave.

@@ -29,6 +29,9 @@ class Batch:
     edge_target: Tensor = ABSENT  # (E,) int64, node index within the batch
     distances: Tensor = ABSENT  # (E,) angstrom
     edge_multiplicities: Tensor = ABSENT  # (E,) parallel edges that an edge stands for
+    vectors: Tensor = ABSENT  # (E, 3) from the target to the source, angstrom
+    edge_reverse: Tensor = ABSENT  # (E,) int64, edge index within the batch
+    ridge_areas: Tensor = ABSENT  # (E,) square angstrom
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder
     token_offsets: Tensor = ABSENT  # (B + 1,) int64

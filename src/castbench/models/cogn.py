@@ -1,4 +1,4 @@
-"""coGN, the structure encoder: message passing on the asymmetric unit.
+"""coGN: message passing on the asymmetric unit.
 
 Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the reference's Matbench settings:
 697,601 parameters with the head at width 128 and depth 5.
@@ -6,18 +6,15 @@ Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the refer
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import scatter
 
-from castbench.models.base import Network
-from castbench.models.batch import Batch, segments
+from castbench.models.batch import Batch
 from castbench.models.elements import N_ELEMENTS, element_facts
-from castbench.models.heads import Regression, dense
+from castbench.models.heads import dense
+from castbench.models.structure import StructureEncoder, gaussians
 
 CUTOFF = 8.0  # angstrom, the last centre of the distance basis
 N_BASIS = 32
@@ -54,58 +51,42 @@ class MessageBlock(nn.Module):
         return nodes + functional.silu(self.update(received))
 
 
-class CoGN(nn.Module):
-    """Structure encoder: crystal graphs to node states (N, width) and crystal vectors (B, width)."""
+class ElementInput(nn.Module):
+    """coGN's node input: a learned embedding of the element and facts about it, through a linear layer."""
 
     facts: Tensor
-    centres: Tensor
 
-    def __init__(self, width: int, depth: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.width = width
         facts = torch.from_numpy(element_facts())
         self.register_buffer("facts", facts, persistent=False)  # (118, 18)
-        self.register_buffer("centres", torch.linspace(0, CUTOFF, N_BASIS + 1)[1:], persistent=False)
         self.embedding = nn.Embedding(N_ELEMENTS + 1, width)  # the reference's table has a row to spare
         nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
-        self.node_input = dense(width + facts.shape[1], width)
+        self.linear = dense(width + facts.shape[1], width)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """States (N, width)."""
+        elements = self.linear(torch.cat([self.embedding.weight[:N_ELEMENTS], self.facts], dim=1))
+        return elements.index_select(0, batch.atomic_numbers - 1)
+
+
+class CoGN(StructureEncoder):
+    """coGN; `pooled` makes no difference, since the crystal vector is the mean of the nodes."""
+
+    name = "cogn"
+    centres: Tensor
+
+    def __init__(self, width: int, depth: int, pooled: bool = True):
+        super().__init__(width, width)
+        self.register_buffer("centres", torch.linspace(0, CUTOFF, N_BASIS + 1)[1:], persistent=False)
+        self.node_input = ElementInput(width)
         self.edge_input = dense(N_BASIS, width)
         self.blocks = nn.ModuleList(MessageBlock(width) for _ in range(depth))
 
-    def basis(self, distances: Tensor) -> Tensor:
-        """Gaussians (E, 32) of distances (E,) in angstrom; their variance is the spacing of the centres."""
-        spacing = CUTOFF / N_BASIS
-        return torch.exp((distances[:, None] - self.centres).square() / (-2 * spacing))
-
     def nodes(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Node states (N, width); `hidden` (width,) replaces the whole input of `batch.masked_nodes`."""
-        elements = self.node_input(torch.cat([self.embedding.weight[:N_ELEMENTS], self.facts], dim=1))
-        states = elements.index_select(0, batch.atomic_numbers - 1)
-        if hidden is not None:
-            states = torch.where(batch.masked_nodes[:, None], hidden, states)
-        basis = self.basis(batch.distances)
+        """Node states (N, width); see `StructureEncoder`."""
+        states = self.hide(self.node_input(batch), batch, hidden)
+        basis = gaussians(batch.distances, self.centres, 2 * CUTOFF / N_BASIS)
         for block in self.blocks:
             states = block(states, basis, self.edge_input, batch)
         return states
-
-    def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
-        """Mean (B, width) of node states (N, width), weighted by the number of atoms they stand for."""
-        crystal, weight = segments(batch.node_offsets), batch.multiplicities
-        total = scatter(nodes * weight[:, None], crystal, dim_size=batch.n, reduce="sum")
-        return total / scatter(weight, crystal, dim_size=batch.n, reduce="sum")[:, None]
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Crystal vectors (B, width)."""
-        return self.readout(self.nodes(batch), batch)
-
-
-class StructureOnly(Network):
-    """coGN with its linear head; reads no text."""
-
-    def __init__(self, architecture: dict[str, Any], encoder: Path | None = None):
-        super().__init__(cogn=CoGN(**architecture["cogn"]))
-        self.head = Regression(self.cogn.width)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Standardised predictions (B,)."""
-        return self.head(self.cogn(batch))

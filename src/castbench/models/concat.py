@@ -1,6 +1,6 @@
 """CrysMMNet: crystal vector and text vector, projected and concatenated (Das et al., UAI 2023).
 
-Heads and fusion as in the reference, on coGN instead of ALIGNN: the comparison of the CAST paper (4.3.2).
+Heads and fusion as in the reference. Its structure encoder is ALIGNN; the CAST paper (4.3.2) takes coGN.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from castbench.models.base import Network
 from castbench.models.batch import Batch
-from castbench.models.cogn import CoGN
 from castbench.models.heads import ProjectionHead, Regression, dense
+from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
 
 
 class CrysMMNet(Network):
-    """Prediction from coGN's readout and the [CLS] state."""
+    """Prediction from the structure encoder's crystal vector and the [CLS] state."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path, lora: dict[str, Any] | None):
-        super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora))
+        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora))
         width, dropout = architecture["concat"]["width"], architecture["concat"]["dropout"]
-        self.project_structure = ProjectionHead(self.cogn.width, width, dropout)
+        self.project_structure = ProjectionHead(self.structure.vector_width, width, dropout)
         self.project_text = ProjectionHead(self.text.width, width, dropout)
         self.fuse = nn.Sequential(dense(2 * width, width), nn.ReLU())
         self.head = Regression(width)
@@ -39,7 +39,7 @@ class CrysMMNet(Network):
         return self._predict(batch, states[batch.token_offsets[:-1]]), maps
 
     def _predict(self, batch: Batch, cls: Tensor) -> Tensor:
-        structure, text = self.project_structure(self.cogn(batch)), self.project_text(cls)
+        structure, text = self.project_structure(self.structure(batch)), self.project_text(cls)
         return self.head(self.fuse(torch.cat([structure, text], dim=1)))
 
 

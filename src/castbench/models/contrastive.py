@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, gathered
-from castbench.models.cogn import CoGN, StructureOnly
 from castbench.models.heads import dense
+from castbench.models.structure import StructureOnly, build_structure_encoder
 from castbench.models.text import TextEncoder
 
 
@@ -28,10 +28,10 @@ def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
 
 
 class ContrastivePretraining(Network):
-    """coGN's readout against an MLP on the [CLS] state of the frozen text encoder, in one space."""
+    """The crystal vector against an MLP on the [CLS] state of the frozen text encoder, in one space."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
-        super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora=None))
+        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora=None))
         hidden = architecture["contrastive"]["hidden"]
         self.temperature: float = architecture["contrastive"]["temperature"]
         self.project_text = nn.Sequential(
@@ -39,20 +39,20 @@ class ContrastivePretraining(Network):
             nn.ReLU(),
             dense(hidden, hidden),
             nn.ReLU(),
-            dense(hidden, self.cogn.width),
+            dense(hidden, self.structure.vector_width),
         )
 
     def forward(self, batch: Batch) -> Outcome:
         """Loss over the batch, also a shared one; `correct` is the mean of crystals that find their text, and
         the reverse.
         """
-        crystals, texts = self.cogn(batch), self.project_text(self.text.cls(batch))
+        crystals, texts = self.structure(batch), self.project_text(self.text.cls(batch))
         if batch.place is not None:  # the partners of other processes are candidates too
             crystals, texts = gathered(crystals, batch.place), gathered(texts, batch.place)
         return info_nce(crystals, texts, self.temperature)
 
 
 class MultiMat(StructureOnly):
-    """coGN that starts from contrastive pretraining, with a linear head; reads no text itself."""
+    """A structure encoder that starts from contrastive pretraining, with a linear head; reads no text."""
 
-    pretrained = ("cogn",)
+    pretrained = ("structure",)

@@ -2,8 +2,8 @@
 
 The paper fixes four cross-attention layers, eight heads, width 128, nodes as queries, tokens as keys and
 values. Chosen here: a feed-forward block behind each attention; layer normalisation before each block
-(pre-LN), which leaves coGN's states on an untouched residual path; none for the tokens, which leave the text
-encoder normalised.
+(pre-LN), which leaves the structure encoder's states on an untouched residual path; none for the tokens,
+which leave the text encoder normalised.
 
 Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width of a row, d width of a head.
 """
@@ -20,9 +20,9 @@ from torch.nn import functional
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
-from castbench.models.cogn import CoGN
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense
+from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
 
 
@@ -93,7 +93,7 @@ class Fusion(nn.ModuleList):
 
 
 class CrossAttentionNetwork(Network):
-    """coGN, the text encoder and their fusion: what pretraining and property prediction share.
+    """Both encoders and their fusion: what pretraining and property prediction share.
 
     Raises:
         InputError: the heads do not divide the width.
@@ -107,32 +107,32 @@ class CrossAttentionNetwork(Network):
                 f"architecture.cross_attention: {heads} heads do not divide width {width}; change one"
             )
         lora = architecture["lora"] if sizes.pop("text") == "lora" else None
-        super().__init__(CoGN(**architecture["cogn"]), TextEncoder(encoder, lora))
-        self.fusion = Fusion(self.cogn.width, self.text.width, **sizes)
+        super().__init__(build_structure_encoder(architecture, pooled=False), TextEncoder(encoder, lora))
+        self.fusion = Fusion(self.structure.width, self.text.width, **sizes)
 
 
 class Cast(CrossAttentionNetwork):
     """Property prediction from the mean of the fused nodes by one linear layer."""
 
-    pretrained = ("cogn", "text", "fusion")
+    pretrained = ("structure", "text", "fusion")
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
         super().__init__(architecture, encoder)
-        self.head = Regression(self.cogn.width)
+        self.head = Regression(self.structure.width)
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardised predictions (B,)."""
-        fused = self.fusion(self.cogn.nodes(batch), self.text(batch), batch)
-        return self.head(self.cogn.readout(fused, batch))
+        fused = self.fusion(self.structure.nodes(batch), self.text(batch), batch)
+        return self.head(self.structure.readout(fused, batch))
 
     def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Predictions (B,) and each layer's attention weights (B, H, N, T).
 
         Rows of real nodes sum to 1 over the crystal's tokens and are 0 at padding; padded rows mean nothing.
         """
-        h_BND, _ = pad(self.cogn.nodes(batch), batch.node_offsets)
+        h_BND, _ = pad(self.structure.nodes(batch), batch.node_offsets)
         h_BND, maps = self.fusion.attend(h_BND, *pad(self.text(batch), batch.token_offsets), weights=True)
-        return self.head(self.cogn.readout(unpad(h_BND, batch.node_offsets), batch)), maps
+        return self.head(self.structure.readout(unpad(h_BND, batch.node_offsets), batch)), maps
 
 
 class MaskedNodePretraining(CrossAttentionNetwork):
@@ -140,12 +140,12 @@ class MaskedNodePretraining(CrossAttentionNetwork):
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
         super().__init__(architecture, encoder)
-        self.hidden = nn.Parameter(torch.empty(self.cogn.width).uniform_(-0.05, 0.05))
-        self.head = dense(self.cogn.width, N_ELEMENTS)
+        self.hidden = nn.Parameter(torch.empty(self.structure.width).uniform_(-0.05, 0.05))
+        self.head = dense(self.structure.width, N_ELEMENTS)
 
     def logits(self, batch: Batch) -> Tensor:
         """Scores (nodes, 118) of each node's element; column Z - 1."""
-        return self.head(self.fusion(self.cogn.nodes(batch, self.hidden), self.text(batch), batch))
+        return self.head(self.fusion(self.structure.nodes(batch, self.hidden), self.text(batch), batch))
 
     def forward(self, batch: Batch) -> Outcome:
         """Cross-entropy over the masked nodes of the batch; `correct` counts those named right."""

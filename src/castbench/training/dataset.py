@@ -86,12 +86,14 @@ class Crystals:
         self.tokens: Ragged | None = None
         if "graph" in network.needs:
             nodes = {name: getattr(packed, name) for name in ("atomic_numbers", "multiplicities")}
-            edges = {
-                name: getattr(packed, name)
-                for name in ("edge_source", "edge_target", "distances", "edge_multiplicities")
-            }
+            made_for = packed.manifest["settings"]["structure_encoder"]
+            if made_for != network.structure_encoder:
+                raise InputError(
+                    f"{graphs}: graphs for {made_for}, and the model reads those for "
+                    f"{network.structure_encoder}; build the graphs again"
+                )
             self.nodes = Ragged(packed.node_offsets, device, **nodes)
-            self.edges = Ragged(packed.edge_offsets, device, **edges)
+            self.edges = Ragged(packed.edge_offsets, device, **packed.edge_arrays)
         if network.text_mode != "none":
             self._open_text(tokens, states, network.text_layer)
 
@@ -156,8 +158,13 @@ class Crystals:
             )
             batch.edge_source = first + edges["edge_source"]
             batch.edge_target = first + edges["edge_target"]
-            batch.distances = edges["distances"]
-            batch.edge_multiplicities = edges["edge_multiplicities"]
+            for name in edges.keys() - {"edge_source", "edge_target", "edge_reverse"}:
+                setattr(batch, name, edges[name])
+            if "edge_reverse" in edges:
+                first = torch.repeat_interleave(
+                    edge_offsets[:-1], edge_offsets.diff(), output_size=len(first)
+                )
+                batch.edge_reverse = first + edges["edge_reverse"]
         if self.tokens is not None:
             batch.token_offsets, tokens = self.tokens.take(rows)
             if "token_ids" in tokens:

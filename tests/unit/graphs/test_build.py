@@ -8,7 +8,7 @@ from castbench.graphs.build import CHUNK, build_graphs
 from castbench.graphs.packed import PackedGraphs
 from castbench.provenance import sha256_file
 
-SETTINGS = {"neighbours": 24, "symprec": 1e-4}
+SETTINGS = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4}
 
 
 def row_of(name: str, structure: Structure):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from castbench.models.batch import Batch
 from castbench.provenance import sha256_file, write_json
@@ -27,10 +28,32 @@ ARCHITECTURE = {
 }
 
 
+SMALL_ENCODERS = {  # instead of coGN
+    "congn": {"width": 16, "depth": 2},
+    "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
+    "cgcnn": {"width": 12, "layers": 2, "hidden": 20},
+    "megnet": {"width": 12, "hidden": 16, "blocks": 2, "vector": 8, "passes": 3},
+}
+
+
 @pytest.fixture
 def architecture():
     """The small settings; a test may change its copy."""
     return copy.deepcopy(ARCHITECTURE)
+
+
+@pytest.fixture
+def architecture_with():
+    """Function name -> the small settings with that structure encoder."""
+
+    def settings(name):
+        found = copy.deepcopy(ARCHITECTURE)
+        if name != "cogn":
+            del found["cogn"]
+            found[name] = SMALL_ENCODERS[name]
+        return found
+
+    return settings
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +100,10 @@ def crystals(states):
 
         made = []
         for n_nodes, n_tokens in ((1, 7), (4, 12), (2, 30), (6, 3), (3, 1)):
-            n_edges = 5 * n_nodes
+            n_edges = 5 * n_nodes  # five into each node
+            source = integers(0, n_nodes, n_edges)
+            distances = 2 + 5 * torch.rand(n_edges, generator=generator)
+            directions = functional.normalize(torch.randn(n_edges, 3, generator=generator))
             ids = integers(1, VOCABULARY, n_tokens)
             made.append(
                 Batch(
@@ -85,10 +111,13 @@ def crystals(states):
                     atomic_numbers=integers(1, 119, n_nodes),
                     multiplicities=integers(1, 5, n_nodes).float(),
                     node_offsets=torch.tensor([0, n_nodes]),
-                    edge_source=integers(0, n_nodes, n_edges),
+                    edge_source=source,
                     edge_target=torch.arange(n_nodes).repeat_interleave(5),
-                    distances=2 + 5 * torch.rand(n_edges, generator=generator),
+                    distances=distances,
                     edge_multiplicities=integers(1, 4, n_edges).float(),
+                    vectors=directions * distances[:, None],
+                    edge_reverse=5 * source + integers(0, 5, n_edges),
+                    ridge_areas=10 * torch.rand(n_edges, generator=generator),
                     token_ids=ids,
                     token_states=None if layer is None else states(ids, layer),
                     token_offsets=torch.tensor([0, n_tokens]),

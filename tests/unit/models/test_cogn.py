@@ -2,7 +2,8 @@ import torch
 from torch.nn import functional
 
 from castbench.models.batch import Batch
-from castbench.models.cogn import CoGN, StructureOnly
+from castbench.models.cogn import CoGN
+from castbench.models.structure import StructureOnly
 from model_batches import join
 
 
@@ -15,7 +16,7 @@ def test_reference_settings_have_697601_parameters():
 def test_starts_as_keras_does():
     torch.manual_seed(0)
     model = CoGN(width=128, depth=1)
-    assert 0.049 < model.embedding.weight.abs().max() <= 0.05
+    assert 0.049 < model.node_input.embedding.weight.abs().max() <= 0.05
     first = model.blocks[0].first
     limit = (6 / (384 + 128)) ** 0.5
     assert 0.99 * limit < first.weight.abs().max() <= limit
@@ -30,7 +31,8 @@ def plain_cogn(model, batch):
     centres = 0.25 * torch.arange(1, 33)
     edges = model.edge_input(torch.exp(-((distances[:, None] - centres) ** 2) / (2 * 0.5**2)))
     rows = batch.atomic_numbers - 1
-    h = model.node_input(torch.cat([model.embedding(rows), model.facts[rows]], dim=1))
+    element = model.node_input
+    h = element.linear(torch.cat([element.embedding(rows), element.facts[rows]], dim=1))
     for block in model.blocks:
         message = torch.cat([edges, h[target], h[source]], dim=1)
         for layer in (block.first, *block.hidden):

@@ -29,7 +29,7 @@ def test_fusion_has_1448448_parameters_at_the_papers_sizes():
 
 
 def test_explicit_attention_equals_the_fast_path(cast, batch):
-    nodes = cast.cogn.nodes(batch)
+    nodes = cast.structure.nodes(batch)
     h_BND, _ = pad(nodes, batch.node_offsets)
     explicit, _ = cast.fusion.attend(h_BND, *pad(batch.token_states, batch.token_offsets), weights=True)
     fast = cast.fusion(nodes, batch.token_states, batch)
@@ -57,7 +57,7 @@ def test_attention_weights_are_a_distribution_over_the_own_tokens(cast, batch):
 def test_attention_maps_match_a_loop_over_heads(cast, crystals):
     single = crystals(3)[1]
     _, layers = cast.attention_maps(single)
-    layer, nodes, tokens = cast.fusion[0], cast.cogn.nodes(single), single.token_states
+    layer, nodes, tokens = cast.fusion[0], cast.structure.nodes(single), single.token_states
     q, k = layer.query(layer.norm(nodes)), layer.key(tokens)
     for head in range(4):
         part = slice(4 * head, 4 * head + 4)
@@ -101,7 +101,7 @@ def test_masked_elements_do_not_leak(pretraining, batch):
     other = torch.where(batch.masked_nodes, 119 - batch.atomic_numbers, batch.atomic_numbers)
     assert torch.equal(pretraining.logits(replace(batch, atomic_numbers=other)), before)
     assert not torch.allclose(
-        pretraining.cogn.nodes(batch), pretraining.cogn.nodes(batch, pretraining.hidden)
+        pretraining.structure.nodes(batch), pretraining.structure.nodes(batch, pretraining.hidden)
     )
 
 

@@ -8,10 +8,25 @@ import torch
 from castbench.errors import InputError
 from castbench.labels import MODELS
 from castbench.models import OBJECTIVES, REGISTRY, build_model, build_pretraining, load_pretrained
+from castbench.models.structure import ENCODERS
 from model_batches import join, only
 
+OTHERS = [  # with each of the other structure encoders
+    f"{name}-{structure}"
+    for structure in ENCODERS
+    for name in ("structure_only", "crysmmnet_lora", "multimat", "cast", *OBJECTIVES)
+    if structure != "cogn"
+]
 
-@pytest.fixture(params=[*REGISTRY, *OBJECTIVES, "cast-lora", "masked_node-lora", "text_only-all"])
+
+@pytest.fixture
+def architecture(request, architecture_with):
+    """The small settings, with the structure encoder that the network's parameter names."""
+    names = request.node.callspec.params.get("network", "") if hasattr(request.node, "callspec") else ""
+    return architecture_with(next((name for name in ENCODERS if names.endswith(f"-{name}")), "cogn"))
+
+
+@pytest.fixture(params=[*REGISTRY, *OBJECTIVES, "cast-lora", "masked_node-lora", "text_only-all", *OTHERS])
 def network(request, architecture, encoder):
     name, _, setting = request.param.partition("-")
     if setting == "lora":
@@ -24,6 +39,9 @@ def network(request, architecture, encoder):
     with torch.no_grad():  # LoRA starts at zero: move off it, so that the tests see it
         for parameter in network.parameter_groups()["lora"]:
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, parameter in network.named_parameters():  # zero biases keep MEGNet's state at zero
+            if name.startswith("structure.") and name.endswith("bias") and parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     return network
 
 
@@ -37,7 +55,7 @@ def outputs(network, batch):
     if hasattr(network, "logits"):
         return network.logits(batch)
     if hasattr(network, "project_text") and hasattr(network, "temperature"):
-        return torch.cat([network.cogn(batch), network.project_text(network.text.cls(batch))], dim=1)
+        return torch.cat([network.structure(batch), network.project_text(network.text.cls(batch))], dim=1)
     return network(batch)
 
 
@@ -71,8 +89,11 @@ def test_order_of_nodes_and_edges_does_not_matter(network, singles):
         masked_nodes=batch.masked_nodes[node],
         edge_source=place[batch.edge_source[edge]],
         edge_target=place[batch.edge_target[edge]],
-        distances=batch.distances[edge],
-        edge_multiplicities=batch.edge_multiplicities[edge],
+        edge_reverse=edge.argsort()[batch.edge_reverse[edge]],
+        **{
+            name: getattr(batch, name)[edge]
+            for name in ("distances", "edge_multiplicities", "vectors", "ridge_areas")
+        },
     )
     expected = outputs(network, batch)
     expected = expected[node] if hasattr(network, "logits") else expected
@@ -137,7 +158,7 @@ def test_cast_starts_from_masked_node_pretraining(text, architecture, encoder):
     load_pretrained(model, pretrained)
     state = model.trained_state()
     shared = [name for name in state if not name.startswith("head")]
-    assert {name.split(".")[0] for name in shared} >= {"cogn", "fusion"}
+    assert {name.split(".")[0] for name in shared} >= {"structure", "fusion"}
     assert any(".lora_" in name for name in shared) == (text == "lora")
     assert all(torch.equal(state[name], pretrained[name]) for name in shared)
     assert torch.equal(model.head[0].weight, head)
@@ -146,9 +167,13 @@ def test_cast_starts_from_masked_node_pretraining(text, architecture, encoder):
 def test_multimat_starts_from_contrastive_pretraining(architecture, encoder):
     pretraining = build_pretraining("contrastive", architecture, encoder)
     model = build_model("multimat", architecture, encoder)
-    assert not torch.equal(model.cogn.node_input.weight, pretraining.cogn.node_input.weight)
+    assert not torch.equal(
+        model.structure.node_input.linear.weight, pretraining.structure.node_input.linear.weight
+    )
     load_pretrained(model, pretraining.trained_state())
-    assert torch.equal(model.cogn.node_input.weight, pretraining.cogn.node_input.weight)
+    assert torch.equal(
+        model.structure.node_input.linear.weight, pretraining.structure.node_input.linear.weight
+    )
 
 
 def test_pretrained_state_of_another_architecture_is_refused(architecture, encoder):

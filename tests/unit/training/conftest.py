@@ -122,7 +122,9 @@ def write_graphs(folder: Path, materials: Path, ids: list[str]) -> None:
         distances, edges = rng.uniform(1.5, 6, e).astype(np.float32), rng.integers(1, 4, e).astype(np.float32)
         graphs.append(CrystalGraph(elements, atoms, source, target, distances, edges, 1))
     graphs[WITHOUT_GRAPH] = "two atoms are in one place"
-    with PackedWriter(folder, {"neighbours": 24}, sha256_file(materials)) as writer:
+    with PackedWriter(
+        folder, {"structure_encoder": "cogn", "neighbours": 24}, sha256_file(materials)
+    ) as writer:
         writer.append(ids, graphs)
 
 

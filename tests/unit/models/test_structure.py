@@ -1,0 +1,230 @@
+"""What must hold for every structure encoder on the graphs of real and random crystals."""
+
+import functools
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pymatgen.core import Lattice, Structure
+
+from castbench.config import STRUCTURE_ENCODERS
+from castbench.graphs.kinds import KINDS, structure_graph
+from castbench.graphs.neighbours import unit_of
+from castbench.graphs.reciprocal import every_atom
+from castbench.models.elements import N_ELEMENTS, element_categories
+from castbench.models.structure import ENCODERS, StructureOnly, WeightedBatchNorm, edges_into
+from crystals import prototypes, varied_crystals
+from model_batches import batch_of, join
+
+SYMPREC = 1e-4
+PUBLISHED = {  # sizes, parameters
+    "cogn": ({"width": 128, "depth": 5}, 697_601),
+    "congn": ({"width": 160, "depth": 5}, 2_799_201),
+    "alignn": ({"width": 256, "embedding": 64, "alignn_layers": 4, "gcn_layers": 4}, 4_026_753),
+    "cgcnn": ({"width": 64, "layers": 3, "hidden": 128}, 80_833),
+    # Of 95 elements; here 119 rows of 16.
+    "megnet": ({"width": 32, "hidden": 64, "blocks": 3, "vector": 16, "passes": 3}, 167_761 + 24 * 16),
+}
+SMALL = {
+    "cogn": {"width": 16, "depth": 3},
+    "congn": {"width": 16, "depth": 2},
+    "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
+    "cgcnn": {"width": 16, "layers": 3, "hidden": 16},
+    "megnet": {"width": 16, "hidden": 16, "blocks": 3, "vector": 8, "passes": 3},
+}
+each_encoder = pytest.mark.parametrize("name", ENCODERS)
+
+
+def settings_of(name):
+    return {"structure_encoder": name, "symprec": SYMPREC, "neighbours": STRUCTURE_ENCODERS[name]}
+
+
+@functools.cache
+def small(name):
+    """A small model, with statistics of batch normalisation that are not those of the start.
+
+    In double precision: rounding is not what these tests are about.
+    """
+    torch.manual_seed(0)
+    model = StructureOnly({name: SMALL[name]}).double()
+    with torch.no_grad():
+        model.train()(join([graph_batch(name, structure) for structure in prototypes().values()]))
+    return model.eval()
+
+
+def graph_batch(name, structure):
+    numbers = np.array(structure.atomic_numbers)
+    graph = structure_graph(structure.lattice.matrix, structure.frac_coords, numbers, settings_of(name))
+    return doubled(batch_of(graph))
+
+
+def doubled(batch):
+    parts = ("multiplicities", "distances", "edge_multiplicities", "vectors", "ridge_areas")
+    kept = {part: value.double() for part in parts if (value := getattr(batch, part)) is not None}
+    return replace(batch, **kept)
+
+
+def cell_batch(name, structure):
+    """The graph in which every atom of the conventional cell is a node by itself."""
+    numbers = np.array(structure.atomic_numbers)
+    unit = unit_of(structure.lattice.matrix, structure.frac_coords, numbers, SYMPREC)
+    graph = KINDS[name].build(every_atom(unit), settings_of(name))
+    graph = replace(graph, multiplicities=graph.multiplicities / np.float32(unit.centring))
+    return doubled(batch_of(graph))
+
+
+def test_encoders_have_the_same_names_everywhere():
+    assert set(ENCODERS) == set(KINDS) == set(STRUCTURE_ENCODERS)
+
+
+@each_encoder
+def test_published_sizes_have_the_published_number_of_parameters(name):
+    sizes, parameters = PUBLISHED[name]
+    model = StructureOnly({name: sizes})
+    assert model.structure_encoder == name
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@each_encoder
+def test_the_asymmetric_unit_stands_for_the_whole_cell(name):
+    structures = varied_crystals()
+    units = join([graph_batch(name, structure) for structure in structures])
+    cells = join([cell_batch(name, structure) for structure in structures])
+    assert len(units.atomic_numbers) < len(cells.atomic_numbers) / 2
+    with torch.inference_mode():
+        torch.testing.assert_close(small(name)(units), small(name)(cells), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alignn", "cgcnn"])
+def test_batch_normalisation_counts_the_atoms_of_the_whole_cells(name):
+    outputs, statistics = [], []
+    for batch_for in (graph_batch, cell_batch):
+        torch.manual_seed(1)
+        model = StructureOnly({name: SMALL[name]}).double().train()
+        outputs.append(model(join([batch_for(name, structure) for structure in varied_crystals()])))
+        statistics.append({key: buffer for key, buffer in model.named_buffers() if "running" in key})
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    assert statistics[0]
+    for key, value in statistics[0].items():
+        torch.testing.assert_close(value, statistics[1][key], atol=1e-5, rtol=1e-5)
+
+
+def other_descriptions(structure):
+    """The same crystal with atoms in another order, another origin and other cells."""
+    rng = np.random.default_rng(len(structure))
+    shifted = structure.copy()
+    shifted.translate_sites(range(len(structure)), rng.random(3), to_unit_cell=False)
+    skewed = Lattice(np.array([[1, 0, 0], [1, 1, 0], [-1, 2, 1]]) @ structure.lattice.matrix)
+    return {
+        "permuted": Structure.from_sites([structure[i] for i in rng.permutation(len(structure))]),
+        "shifted": shifted,
+        "supercell": structure * (2, 1, 1),
+        "reduced": structure.get_reduced_structure("niggli"),
+        "skewed": Structure(skewed, structure.species, structure.cart_coords, coords_are_cartesian=True),
+    }
+
+
+@each_encoder
+def test_how_a_crystal_is_given_does_not_matter(name):
+    with torch.inference_mode():
+        for structure in varied_crystals()[::3]:
+            expected = small(name)(graph_batch(name, structure))
+            for which, other in other_descriptions(structure).items():
+                found = small(name)(graph_batch(name, other))
+                assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5), which
+
+
+@each_encoder
+def test_batched_crystals_are_predicted_as_one_by_one(name):
+    singles = [graph_batch(name, structure) for structure in prototypes().values()]
+    with torch.inference_mode():
+        alone = torch.cat([small(name)(single) for single in singles])
+        torch.testing.assert_close(small(name)(join(singles)), alone, atol=1e-5, rtol=1e-5)
+    assert alone.std() > 1e-3
+
+
+@each_encoder
+@pytest.mark.parametrize("training", [False, True])
+def test_hidden_nodes_show_nothing_of_their_element(name, training):
+    batch = join([graph_batch(name, structure) for structure in prototypes().values()])
+    batch.masked_nodes = torch.arange(len(batch.atomic_numbers)) % 2 == 0
+    torch.manual_seed(0)
+    encoder = StructureOnly({name: SMALL[name]}).double().structure.train(training)
+    hidden = torch.randn(encoder.width, dtype=torch.double)
+    with torch.no_grad():
+        before = encoder.nodes(batch, hidden)
+        assert not torch.allclose(encoder.nodes(batch), before)
+        batch.atomic_numbers = torch.where(batch.masked_nodes, 7, batch.atomic_numbers)
+        torch.testing.assert_close(encoder.nodes(batch, hidden), before, atol=1e-6, rtol=1e-5)
+
+
+@each_encoder
+def test_elements_are_told_apart(name):
+    batch = graph_batch(name, prototypes()["fcc"])
+    with torch.inference_mode():
+        values = [small(name)(replace(batch, atomic_numbers=torch.tensor([z]))) for z in range(1, 119)]
+    assert len(np.unique(torch.cat(values).numpy())) > N_ELEMENTS - 3  # float32 has its limits
+
+
+def test_categories_are_those_of_cgcnn():
+    rows = element_categories()
+    assert rows.shape == (118, 92)
+    assert len(np.unique(rows, axis=0)) == 118
+    groups, periods, valence, blocks = rows[:, :18], rows[:, 18:25], rows[:, 76:88], rows[:, 88:]
+    for z, group, period, electrons, block in (
+        (1, 1, 1, 1, 0), (2, 18, 1, 2, 0), (8, 16, 2, 6, 1), (26, 8, 4, 8, 2), (30, 12, 4, 12, 2),
+        (58, 3, 6, 4, 3), (66, 3, 6, 12, 3), (92, 3, 7, 6, 3),
+    ):  # fmt: skip
+        found = [int(part[z - 1].argmax()) for part in (groups, periods, valence, blocks)]
+        assert found == [group - 1, period - 1, electrons - 1, block], z
+        assert [part[z - 1].sum() for part in (groups, periods, valence, blocks)] == [1, 1, 1, 1]
+    iron = rows[25]  # 1.83 on Pauling's scale, ionised by 7.90 eV
+    assert iron[26:36].argmax() == int((1.83 - 0.5) / 0.35)
+    assert iron[46:56].argmax() == int((np.log(7.9024) - 1.3) / 0.2)
+
+
+def test_weighted_normalisation_is_that_of_the_rows_spelled_out():
+    torch.manual_seed(2)
+    rows, counts = torch.randn(6, 4), torch.tensor([1, 3, 2, 5, 1, 2])
+    ours, torchs = WeightedBatchNorm(4), torch.nn.BatchNorm1d(4)
+    for norm in (ours, torchs):
+        with torch.no_grad():
+            norm.weight.copy_(torch.arange(1.0, 5.0))
+    for _ in range(3):
+        rows = rows * 1.5 + 1
+        expected = torchs(rows.repeat_interleave(counts, dim=0))
+        found = ours(rows, counts.float()).repeat_interleave(counts, dim=0)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+        torch.testing.assert_close(ours.running_var, torchs.running_var)
+    torch.testing.assert_close(ours.eval()(rows, counts.float()), torchs.eval()(rows))
+
+
+def test_normalisation_without_weights_keeps_its_statistics_and_stays_finite():
+    norm = WeightedBatchNorm(2)
+    assert norm(torch.randn(3, 2), torch.zeros(3)).isfinite().all()
+    assert torch.equal(norm.running_mean, torch.zeros(2)) and torch.equal(norm.running_var, torch.ones(2))
+
+
+def test_pairs_of_edges_are_those_of_a_loop():
+    torch.manual_seed(3)
+    target, at = torch.randint(0, 6, (20,)), torch.randint(0, 6, (9,))
+    row, edge = edges_into(target, at, 7)
+    expected = [
+        (i, e) for i, node in enumerate(at.tolist()) for e, to in enumerate(target.tolist()) if to == node
+    ]
+    assert sorted(zip(row.tolist(), edge.tolist(), strict=True)) == expected
+    assert (row.diff() >= 0).all()
+
+
+def test_constructors_take_the_sections_of_the_config():
+    config = yaml.safe_load((Path(__file__).parents[3] / "config.yaml").read_text())
+    for name in ENCODERS:
+        sizes = config["architecture"][name]
+        assert sizes == PUBLISHED[name][0]
+        encoder = type(StructureOnly({name: sizes}).structure)
+        assert set(sizes) | {"pooled"} == set(inspect.signature(encoder).parameters)
