@@ -29,7 +29,7 @@ class Batch:
     distances: Tensor = ABSENT  # (E,) angstrom
     edge_multiplicities: Tensor = ABSENT  # (E,) parallel edges that an edge stands for
     token_ids: Tensor = ABSENT  # (T,) int64
-    token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder
+    token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
@@ -69,6 +69,15 @@ def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     block = packed.new_zeros(len(lengths) * width, *packed.shape[1:])
     block = block.index_copy(0, _places(offsets, width), packed)
     return block.view(len(lengths), width, *packed.shape[1:]), mask
+
+
+def gather_block(packed: Tensor, offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of some crystals (b,) as a block (b, L, ...) and its mask; at padding stand rows of others."""
+    lengths = offsets.diff()[crystals]
+    places = torch.arange(int(lengths.max()), device=offsets.device)
+    mask = places < lengths[:, None]
+    places = (offsets[crystals][:, None] + places).clamp_(max=len(packed) - 1)
+    return packed.index_select(0, places.flatten()).unflatten(0, mask.shape), mask
 
 
 def unpad(block: Tensor, offsets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
+from castbench.models.batch import GROUP, Batch, gather_block, pad, rows_of, unpad
 from castbench.models.cogn import CoGN
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense
@@ -52,6 +52,22 @@ class CrossAttentionLayer(nn.Module):
         h_BND = h_BND + self.dropout(self.output(attended_BHNd.transpose(1, 2).flatten(2)))
         return h_BND + self.dropout(self.feedforward(h_BND)), weights_BHNT
 
+    def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        """The same node states from token states (B, T, n_text), of which no keys and values are made.
+
+        A score q (K x + b) is (q K) x + q b, and the weights w of a query give V (sum of w x) + b.
+        """
+        q_BHNd = self._split(self.query(self.norm(h_BND))) * (self.query.out_features // self.heads) ** -0.5
+        key_HdE, value_HdE = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
+        key_Hd1 = self.key.bias.unflatten(0, (self.heads, -1, 1))
+        asked_BHNE, shift_BHN1 = q_BHNd @ key_HdE, q_BHNd @ key_Hd1
+        scores_BST = asked_BHNE.flatten(1, 2) @ tokens_BTE.mT + shift_BHN1.flatten(1, 2)
+        shares_BST = scores_BST.masked_fill(~mask_BT[:, None], -torch.inf).softmax(dim=-1)
+        found_BHNE = (shares_BST.to(tokens_BTE.dtype) @ tokens_BTE).unflatten(1, asked_BHNE.shape[1:3])
+        attended_BND = (found_BHNE @ value_HdE.mT).transpose(1, 2).flatten(2) + self.value.bias
+        h_BND = h_BND + self.dropout(self.output(attended_BND))
+        return h_BND + self.dropout(self.feedforward(h_BND))
+
     def _split(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -61,18 +77,39 @@ class Fusion(nn.ModuleList):
 
     def __init__(self, n_node: int, n_text: int, layers: int, **sizes: Any):
         super().__init__(CrossAttentionLayer(n_node, n_text, **sizes) for _ in range(layers))
+        self.n_text: int = n_text
+        self.heads: int = sizes["heads"]
+        self.width: int = sizes["width"]
 
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
         """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text)."""
         fused, places = [], []
-        for crystals in by_length(batch.token_offsets):
+        for crystals in self._groups(batch):
             rows, node_offsets = rows_of(batch.node_offsets, crystals)
-            token_rows, token_offsets = rows_of(batch.token_offsets, crystals)
             h_BND, _ = pad(nodes.index_select(0, rows), node_offsets)
-            h_BND, _ = self.attend(h_BND, *pad(tokens.index_select(0, token_rows), token_offsets))
+            tokens_BTE, mask_BT = gather_block(tokens, batch.token_offsets, crystals)
+            tokens_BTE = tokens_BTE.to(product_type(nodes))
+            if self._keys_cost_more(h_BND.shape[1], tokens_BTE.shape[1]):
+                layers: list[Any] = list(self)
+                for layer in layers:
+                    h_BND = layer.attend_states(h_BND, tokens_BTE, mask_BT)
+            else:
+                h_BND, _ = self.attend(h_BND, tokens_BTE, mask_BT)
             fused.append(unpad(h_BND, node_offsets))
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
+
+    def _groups(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Crystals of about equally many tokens together, those of few nodes apart from those of many."""
+        tokens, nodes = batch.token_offsets.diff(), batch.node_offsets.diff()
+        many = nodes * self.heads >= self.width
+        return (tokens + many * (tokens.max() + 1)).argsort(stable=True).split(GROUP)
+
+    def _keys_cost_more(self, nodes: int, tokens: int) -> bool:
+        """Whether making keys and values takes more products than having all queries meet the states."""
+        made = tokens * self.width * self.n_text + nodes * tokens * self.width
+        met = nodes * self.heads * tokens * self.n_text + nodes * self.width * self.n_text
+        return met < made
 
     def attend(
         self, h_BND: Tensor, tokens_BTD: Tensor, mask_BT: Tensor, weights: bool = False
@@ -83,6 +120,7 @@ class Fusion(nn.ModuleList):
         projections = [part for layer in layers for part in (layer.key, layer.value)]
         weight = torch.cat([part.weight for part in projections])
         bias = torch.cat([part.bias for part in projections])
+        tokens_BTD = tokens_BTD.to(product_type(h_BND))
         kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(len(projections), dim=-1)
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
@@ -90,6 +128,12 @@ class Fusion(nn.ModuleList):
             if weights_BHNT is not None:
                 maps.append(weights_BHNT)
         return h_BND, maps
+
+
+def product_type(states: Tensor) -> torch.dtype:
+    """Type in which products with `states` are taken: that of autocast, where it is on."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 class CrossAttentionNetwork(Network):

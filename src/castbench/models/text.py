@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
     def read_ids(self, encoder: Path) -> None:
         """Run every layer from token ids from now on, so that texts can be read that no cache holds.
 
-        Predictions differ from those on cached states by the rounding of these to float16.
+        Predictions differ from those on cached states by the rounding of these to bfloat16.
         """
         if self.encoder is None:
             from castbench.text.encoders import LayeredEncoder
@@ -75,7 +75,7 @@ class TextEncoder(nn.Module):
         if self.encoder is None:
             raise ValueError("cached states tell no attention; call read_ids first")
         if self.start_layer:
-            hidden_BTd, mask_BT = pad(batch.token_states, batch.token_offsets)
+            hidden_BTd, mask_BT = pad(batch.token_states.float(), batch.token_offsets)
         else:
             ids_BT, mask_BT = pad(batch.token_ids, batch.token_offsets)
             hidden_BTd = self.encoder.embed(ids_BT)
@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
     def cls(self, batch: Batch) -> Tensor:
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
         if self.encoder is None:
-            return batch.token_states.index_select(0, batch.token_offsets[:-1])
+            return batch.token_states.index_select(0, batch.token_offsets[:-1]).float()
         groups, states = by_length(batch.token_offsets), []
         for texts in groups:
             hidden_BTd, mask_BT = self._run(batch, *rows_of(batch.token_offsets, texts), self.n_layers - 1)
@@ -107,7 +107,7 @@ class TextEncoder(nn.Module):
     def _run(self, batch: Batch, rows: Tensor, offsets: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """Padded states (B, T, width) and mask (B, T) of some texts after the layers below `stop`."""
         if self.start_layer:
-            hidden_BTd, mask_BT = pad(batch.token_states.index_select(0, rows), offsets)
+            hidden_BTd, mask_BT = pad(batch.token_states.index_select(0, rows).float(), offsets)
         else:
             ids_BT, mask_BT = pad(batch.token_ids.index_select(0, rows), offsets)
             hidden_BTd = self.encoder.embed(ids_BT)

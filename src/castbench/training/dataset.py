@@ -160,15 +160,16 @@ class Crystals:
             if "token_ids" in tokens:
                 batch.token_ids = tokens["token_ids"].long()
             else:
-                batch.token_states = tokens["token_states"].float()
+                batch.token_states = tokens["token_states"]
         return batch
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the memory of an array that nobody will write to."""
+    """A tensor on the memory of an array that nobody will write to; uint16 holds the bits of bfloat16."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 def _place(tensor: Tensor, device: torch.device) -> Tensor:

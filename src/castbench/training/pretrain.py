@@ -16,6 +16,7 @@ from castbench.materials.splits import load_split
 from castbench.models import build_pretraining
 from castbench.models.base import Network
 from castbench.models.batch import Batch
+from castbench.text.states import round_states
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import MaskedNode, Pretraining
@@ -145,7 +146,7 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
         model = LayeredEncoder.from_folder(encoder).to(token.device)
         with torch.inference_mode():
             mask = torch.ones(1, 1, dtype=torch.bool, device=token.device)
-            state = model.run(model.embed(token[None]), mask, 0, network.text_layer)[0].half().float()
+            state = round_states(model.run(model.embed(token[None]), mask, 0, network.text_layer)[0])
 
     def alter(batch: Batch, rows: Tensor) -> Batch:
         alone = Batch(batch.n, token_offsets=torch.arange(batch.n + 1, device=token.device))

@@ -36,6 +36,34 @@ def test_explicit_attention_equals_the_fast_path(cast, batch):
     torch.testing.assert_close(unpad(explicit, batch.node_offsets), fast, atol=1e-5, rtol=1e-5)
 
 
+def test_making_keys_and_meeting_the_states_are_the_same_function(cast, batch, monkeypatch):
+    found = []
+    for meet in (False, True):
+        monkeypatch.setattr(cast.fusion, "_keys_cost_more", lambda *_, meet=meet: meet)
+        cast.zero_grad()
+        states = batch.token_states.clone().requires_grad_()
+        predicted = cast(replace(batch, token_states=states))
+        (predicted * torch.tensor([1.0, -2.0, 3.0, -1.0, 2.0])).sum().backward()
+        gradients = [p.grad.clone() for name, p in cast.named_parameters() if "key.bias" not in name]
+        found.append([predicted.detach(), states.grad, *gradients])
+    for made, met in zip(*found, strict=True):
+        torch.testing.assert_close(met, made, atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_met_where_that_takes_fewer_products():
+    fusion = Fusion(128, 768, layers=1, heads=8, width=128, feedforward=512, dropout=0.0)
+    assert fusion._keys_cost_more(4, 250) and not fusion._keys_cost_more(40, 250)
+
+
+def test_a_batch_of_small_and_large_crystals_takes_both_ways(cast, batch, monkeypatch):
+    ways = []
+    choose = cast.fusion._keys_cost_more
+    monkeypatch.setattr("castbench.models.cross_attention.GROUP", 1)
+    monkeypatch.setattr(cast.fusion, "_keys_cost_more", lambda *n: ways.append(choose(*n)) or ways[-1])
+    torch.testing.assert_close(cast(batch), cast.attention_maps(batch)[0], atol=1e-5, rtol=1e-5)
+    assert len(ways) == 5 and any(ways) and not all(ways)
+
+
 def test_attention_maps_come_with_the_same_predictions(cast, batch):
     torch.testing.assert_close(cast.attention_maps(batch)[0], cast(batch), atol=1e-5, rtol=1e-5)
 

@@ -44,9 +44,9 @@ def test_a_batch_is_the_crystals_end_to_end(data, crystals_of, rows):
         edge = edges.stop
         text = slice(*tokens.token_offsets[row : row + 2])
         place_of_text = slice(*batch.token_offsets[place : place + 2].tolist())
-        np.testing.assert_array_equal(
-            batch.token_states[place_of_text].numpy(), states[text].astype(np.float32)
-        )
+        found = batch.token_states[place_of_text]
+        assert found.dtype == torch.bfloat16
+        np.testing.assert_array_equal(found.view(torch.uint16).numpy(), states[text])
     assert edge == len(batch.distances) and batch.node_offsets[-1] == len(batch.atomic_numbers)
     assert batch.token_ids is None
 
