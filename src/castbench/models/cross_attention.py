@@ -10,6 +10,7 @@ Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import GROUP, Batch, gather_block, pad, rows_of, unpad
+from castbench.models.batch import Batch, gather_block, pad, rows_of, unpad
 from castbench.models.cogn import CoGN
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense
 from castbench.models.text import TextEncoder
+
+# What starting the operations of one more group costs, in products of a layer. Measured on a CPU; on a GPU a
+# guess, after which a batch is a group or two.
+OVERHEAD = {"cpu": 12_000_000, "cuda": 2_000_000_000}
+LARGEST = 64  # crystals of a group
 
 
 class CrossAttentionLayer(nn.Module):
@@ -57,14 +63,22 @@ class CrossAttentionLayer(nn.Module):
 
         A score q (K x + b) is (q K) x + q b, and the weights w of a query give V (sum of w x) + b.
         """
-        q_BHNd = self._split(self.query(self.norm(h_BND))) * (self.query.out_features // self.heads) ** -0.5
-        key_HdE, value_HdE = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
-        key_Hd1 = self.key.bias.unflatten(0, (self.heads, -1, 1))
-        asked_BHNE, shift_BHN1 = q_BHNd @ key_HdE, q_BHNd @ key_Hd1
-        scores_BST = asked_BHNE.flatten(1, 2) @ tokens_BTE.mT + shift_BHN1.flatten(1, 2)
-        shares_BST = scores_BST.masked_fill(~mask_BT[:, None], -torch.inf).softmax(dim=-1)
-        found_BHNE = (shares_BST.to(tokens_BTE.dtype) @ tokens_BTE).unflatten(1, asked_BHNE.shape[1:3])
-        attended_BND = (found_BHNE @ value_HdE.mT).transpose(1, 2).flatten(2) + self.value.bias
+        heads, rows = self.heads, h_BND.shape[0] * h_BND.shape[1]
+        key_HdE, value_HdE = (part.weight.unflatten(0, (heads, -1)) for part in (self.key, self.value))
+        # A product a head over the nodes of all crystals, not one a crystal: the weights are the same.
+        q_HMd = self.query(self.norm(h_BND)).view(rows, heads, -1).transpose(0, 1)
+        q_HMd = q_HMd * q_HMd.shape[-1] ** -0.5
+        shift_HM = (q_HMd @ self.key.bias.view(heads, -1, 1)).squeeze(-1)
+        asked_HME = q_HMd @ key_HdE
+        by_crystal = (heads, len(h_BND), -1)  # S queries of a crystal: heads times nodes
+        asked_BSE = asked_HME.view(*by_crystal, tokens_BTE.shape[2]).transpose(0, 1).flatten(1, 2)
+        shift_BS1 = shift_HM.view(by_crystal).transpose(0, 1).flatten(1).unsqueeze(-1)
+        hidden_B1T = torch.zeros_like(mask_BT, dtype=tokens_BTE.dtype).masked_fill(~mask_BT, -torch.inf)
+        scores_BST = torch.baddbmm(hidden_B1T.unsqueeze(1), asked_BSE, tokens_BTE.mT) + shift_BS1
+        shares_BST = scores_BST.softmax(dim=-1).to(tokens_BTE.dtype)
+        found_BHNE = (shares_BST @ tokens_BTE).unflatten(1, (heads, -1))
+        attended_HMd = found_BHNE.transpose(0, 1).flatten(1, 2) @ value_HdE.mT
+        attended_BND = attended_HMd.transpose(0, 1).reshape(*h_BND.shape[:2], -1) + self.value.bias
         h_BND = h_BND + self.dropout(self.output(attended_BND))
         return h_BND + self.dropout(self.feedforward(h_BND))
 
@@ -89,7 +103,8 @@ class Fusion(nn.ModuleList):
             h_BND, _ = pad(nodes.index_select(0, rows), node_offsets)
             tokens_BTE, mask_BT = gather_block(tokens, batch.token_offsets, crystals)
             tokens_BTE = tokens_BTE.to(product_type(nodes))
-            if self._keys_cost_more(h_BND.shape[1], tokens_BTE.shape[1]):
+            made, met = self._products(h_BND.shape[1], tokens_BTE.shape[1])
+            if met < made:
                 layers: list[Any] = list(self)
                 for layer in layers:
                     h_BND = layer.attend_states(h_BND, tokens_BTE, mask_BT)
@@ -99,17 +114,32 @@ class Fusion(nn.ModuleList):
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
 
-    def _groups(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Crystals of about equally many tokens together, those of few nodes apart from those of many."""
-        tokens, nodes = batch.token_offsets.diff(), batch.node_offsets.diff()
-        many = nodes * self.heads >= self.width
-        return (tokens + many * (tokens.max() + 1)).argsort(stable=True).split(GROUP)
+    def _groups(self, batch: Batch) -> list[Tensor]:
+        """Crystals that are padded to one size together: those of like size, so that it costs the least."""
+        nodes, tokens = (offsets.diff().tolist() for offsets in (batch.node_offsets, batch.token_offsets))
+        order = sorted(range(batch.n), key=lambda crystal: (nodes[crystal], tokens[crystal]))
+        overhead = OVERHEAD[batch.node_offsets.device.type]
+        costs, starts = [0] * (batch.n + 1), [0] * (batch.n + 1)
+        for end in range(1, batch.n + 1):  # the cheapest way to cut the first `end`, by that of fewer
+            most_nodes = most_tokens = 0
+            costs[end] = sys.maxsize
+            for start in range(end - 1, max(end - LARGEST, 0) - 1, -1):
+                most_nodes = max(most_nodes, nodes[order[start]])
+                most_tokens = max(most_tokens, tokens[order[start]])
+                products = min(self._products(most_nodes, most_tokens))
+                if (cost := costs[start] + (end - start) * products + overhead) < costs[end]:
+                    costs[end], starts[end] = cost, start
+        groups, end = [], batch.n
+        while end:
+            groups.append(torch.tensor(order[starts[end] : end], device=batch.node_offsets.device))
+            end = starts[end]
+        return groups
 
-    def _keys_cost_more(self, nodes: int, tokens: int) -> bool:
-        """Whether making keys and values takes more products than having all queries meet the states."""
+    def _products(self, nodes: int, tokens: int) -> tuple[int, int]:
+        """Products of a layer that makes a crystal's keys and values, and of one without them."""
         made = tokens * self.width * self.n_text + nodes * tokens * self.width
         met = nodes * self.heads * tokens * self.n_text + nodes * self.width * self.n_text
-        return met < made
+        return made, met
 
     def attend(
         self, h_BND: Tensor, tokens_BTD: Tensor, mask_BT: Tensor, weights: bool = False

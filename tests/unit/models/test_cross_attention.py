@@ -38,8 +38,8 @@ def test_explicit_attention_equals_the_fast_path(cast, batch):
 
 def test_making_keys_and_meeting_the_states_are_the_same_function(cast, batch, monkeypatch):
     found = []
-    for meet in (False, True):
-        monkeypatch.setattr(cast.fusion, "_keys_cost_more", lambda *_, meet=meet: meet)
+    for products in ((0, 1), (1, 0)):
+        monkeypatch.setattr(cast.fusion, "_products", lambda *_, products=products: products)
         cast.zero_grad()
         states = batch.token_states.clone().requires_grad_()
         predicted = cast(replace(batch, token_states=states))
@@ -52,16 +52,19 @@ def test_making_keys_and_meeting_the_states_are_the_same_function(cast, batch, m
 
 def test_states_are_met_where_that_takes_fewer_products():
     fusion = Fusion(128, 768, layers=1, heads=8, width=128, feedforward=512, dropout=0.0)
-    assert fusion._keys_cost_more(4, 250) and not fusion._keys_cost_more(40, 250)
+    made, met = fusion._products(4, 250)
+    assert met < made
+    made, met = fusion._products(40, 250)
+    assert made < met
 
 
-def test_a_batch_of_small_and_large_crystals_takes_both_ways(cast, batch, monkeypatch):
-    ways = []
-    choose = cast.fusion._keys_cost_more
-    monkeypatch.setattr("castbench.models.cross_attention.GROUP", 1)
-    monkeypatch.setattr(cast.fusion, "_keys_cost_more", lambda *n: ways.append(choose(*n)) or ways[-1])
+@pytest.mark.parametrize("overhead", [0, 10_000, 10**12])
+def test_groups_hold_each_crystal_once_and_change_nothing(cast, batch, monkeypatch, overhead):
+    monkeypatch.setattr("castbench.models.cross_attention.OVERHEAD", {"cpu": overhead})
+    groups = cast.fusion._groups(batch)
+    assert sorted(torch.cat(groups).tolist()) == list(range(batch.n))
+    assert len(groups) == {0: 5, 10_000: 2, 10**12: 1}[overhead]
     torch.testing.assert_close(cast(batch), cast.attention_maps(batch)[0], atol=1e-5, rtol=1e-5)
-    assert len(ways) == 5 and any(ways) and not all(ways)
 
 
 def test_attention_maps_come_with_the_same_predictions(cast, batch):
