@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 ABSENT: Any = None  # typed as present, since a model reads only what it declares to need
-GROUP = 16  # crystals that are padded to one length together
+GROUP = 16  # texts that are padded to one length together
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Batch:
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
+    text_ids: Tensor = ABSENT  # (B,) int64, the same for equal texts; absent where none are known to be
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
 
@@ -54,11 +55,6 @@ def rows_of(offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
     own = functional.pad(lengths.cumsum(0), (1, 0))
     shift = torch.repeat_interleave(offsets[crystals] - own[:-1], lengths)
     return torch.arange(len(shift), device=shift.device) + shift, own
-
-
-def by_length(offsets: Tensor) -> tuple[Tensor, ...]:
-    """Crystals in groups of up to `GROUP` with about equally many rows, so that padding them costs little."""
-    return offsets.diff().argsort(stable=True).split(GROUP)
 
 
 def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

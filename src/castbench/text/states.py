@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -138,9 +137,9 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
 
 def _equal_texts(packed: PackedTokens) -> list[list[int]]:
     """Indices of the texts, those with the same tokens together."""
-    groups: dict[bytes, list[int]] = {}
-    for text in range(len(packed)):
-        groups.setdefault(sha256(packed[text].tobytes()).digest(), []).append(text)
+    groups: dict[int, list[int]] = {}
+    for text, first in enumerate(packed.text_ids().tolist()):
+        groups.setdefault(first, []).append(text)
     return list(groups.values())
 
 

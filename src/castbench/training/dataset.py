@@ -89,10 +89,13 @@ class Crystals:
             }
             self.nodes = Ragged(packed.node_offsets, device, **nodes)
             self.edges = Ragged(packed.edge_offsets, device, **edges)
+        self.text_ids: Tensor | None = None
         if network.text_mode != "none":
-            self._open_text(tokens, states, network.text_layer)
+            packed_tokens = self._open_text(tokens, states, network.text_layer)
+            if network.text_mode == "lora":  # equal texts of a batch are encoded once
+                self.text_ids = torch.from_numpy(packed_tokens.text_ids())
 
-    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> None:
+    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> PackedTokens:
         packed = PackedTokens.open(tokens)
         index = packed.index()
         if index["material_id"].to_pylist() != self.material_ids:
@@ -115,6 +118,7 @@ class Crystals:
             arrays = {"token_states": cached.states}
             self.checksums["states"] = _checksum(states)
         self.tokens = Ragged(packed.token_offsets, self.device, **arrays)
+        return packed
 
     def rows(self, material_ids: Iterable[str]) -> tuple[Tensor, int]:
         """Rows (n,) of those crystals that have a graph, and the number of those that have none.
@@ -161,6 +165,8 @@ class Crystals:
                 batch.token_ids = tokens["token_ids"].long()
             else:
                 batch.token_states = tokens["token_states"]
+        if self.text_ids is not None:
+            batch.text_ids = self.text_ids[rows].to(self.device)
         return batch
 
 

@@ -161,6 +161,5 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
 
 def with_text(batch: Batch, other: Batch) -> Batch:
     """The crystals of a batch with the texts of another."""
-    return replace(
-        batch, token_ids=other.token_ids, token_states=other.token_states, token_offsets=other.token_offsets
-    )
+    parts = ("token_ids", "token_states", "token_offsets", "text_ids")
+    return replace(batch, **{name: getattr(other, name) for name in parts})

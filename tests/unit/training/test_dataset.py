@@ -104,3 +104,11 @@ def test_arrays_stay_mapped_and_ragged_rows_may_be_empty(tmp_path):
     assert ragged.arrays["values"].data_ptr() == mapped.__array_interface__["data"][0]
     offsets, values = ragged.take(torch.tensor([2, 1, 0]))
     assert offsets.tolist() == [0, 4, 4, 6] and values["values"].tolist() == [2, 3, 4, 5, 0, 1]
+
+
+def test_equal_texts_have_one_id_in_models_that_encode_them(data, crystals_of):
+    tokens = PackedTokens.open(data.root / "tokens")
+    rows = torch.tensor([3, 5, 3])
+    ids = crystals_of("text_only").batch(rows).text_ids.tolist()
+    assert ids[0] == ids[2] != ids[1] and np.array_equal(tokens[ids[0]], tokens[3])
+    assert crystals_of("cast").batch(rows).text_ids is None
