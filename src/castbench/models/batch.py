@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 ABSENT: Any = None  # typed as present, since a model reads only what it declares to need
-GROUP = 16  # crystals that are padded to one length together
+GROUP = 16  # texts that are padded to one length together
 
 
 @dataclass(slots=True)
@@ -33,8 +33,9 @@ class Batch:
     edge_reverse: Tensor = ABSENT  # (E,) int64, edge index within the batch
     ridge_areas: Tensor = ABSENT  # (E,) square angstrom
     token_ids: Tensor = ABSENT  # (T,) int64
-    token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder
+    token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
+    text_ids: Tensor = ABSENT  # (B,) int64, the same for equal texts; absent where none are known to be
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
     # Of a batch that several processes share: crystals before these, and in all; None where it is whole.
@@ -62,11 +63,6 @@ def rows_of(offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(shift), device=shift.device) + shift, own
 
 
-def by_length(offsets: Tensor) -> tuple[Tensor, ...]:
-    """Crystals in groups of up to `GROUP` with about equally many rows, so that padding them costs little."""
-    return offsets.diff().argsort(stable=True).split(GROUP)
-
-
 def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Packed rows (R, ...) to a zero-padded block (B, L, ...) and its mask (B, L), True at real rows."""
     lengths = offsets.diff()
@@ -75,6 +71,15 @@ def pad(packed: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     block = packed.new_zeros(len(lengths) * width, *packed.shape[1:])
     block = block.index_copy(0, _places(offsets, width), packed)
     return block.view(len(lengths), width, *packed.shape[1:]), mask
+
+
+def gather_block(packed: Tensor, offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of some crystals (b,) as a block (b, L, ...) and its mask; at padding stand rows of others."""
+    lengths = offsets.diff()[crystals]
+    places = torch.arange(int(lengths.max()), device=offsets.device)
+    mask = places < lengths[:, None]
+    places = (offsets[crystals][:, None] + places).clamp_(max=len(packed) - 1)
+    return packed.index_select(0, places.flatten()).unflatten(0, mask.shape), mask
 
 
 def unpad(block: Tensor, offsets: Tensor) -> Tensor:

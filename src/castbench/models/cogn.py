@@ -6,14 +6,16 @@ Ruff et al., Digital Discovery 3, 594 (2024). Sizes and details follow the refer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter
 
 from castbench.models.batch import Batch
 from castbench.models.elements import N_ELEMENTS, element_facts
 from castbench.models.heads import dense
+from castbench.models.messages import Messages
 from castbench.models.structure import StructureEncoder, gaussians
 
 CUTOFF = 8.0  # angstrom, the last centre of the distance basis
@@ -39,15 +41,15 @@ class MessageBlock(nn.Module):
         edge, receiver, sender = self.first.weight.chunk(3, dim=1)
         weight = edge @ edge_input.weight
         bias = self.first.bias + edge @ edge_input.bias
-        message = functional.linear(basis, weight, bias)
-        message = message + functional.linear(nodes, receiver).index_select(0, batch.edge_target)
-        message = functional.silu(
-            message + functional.linear(nodes, sender).index_select(0, batch.edge_source)
-        )
-        for layer in self.hidden:
-            message = functional.silu(layer(message))
-        message = message * batch.edge_multiplicities[:, None]
-        received = scatter(message, batch.edge_target, dim_size=len(nodes), reduce="sum")
+        to_receiver, to_sender = functional.linear(nodes, receiver), functional.linear(nodes, sender)
+        hidden: list[Any] = list(self.hidden)
+        weights = torch.stack([layer.weight for layer in hidden])
+        biases = torch.stack([layer.bias for layer in hidden])
+        kind = to_receiver.dtype  # that of autocast, where it is on
+        received = Messages.apply(
+            basis.to(kind), batch.edge_multiplicities, batch.edge_source, batch.edge_target,
+            to_receiver, to_sender, weight.to(kind), bias.to(kind), weights.to(kind), biases.to(kind),
+        )  # fmt: skip
         return nodes + functional.silu(self.update(received))
 
 

@@ -10,6 +10,7 @@ Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch, by_length, pad, rows_of, unpad
+from castbench.models.batch import Batch, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
+
+# What starting the operations of one more group costs, in products of a layer. Measured on a CPU; on a GPU a
+# guess, after which a batch is a group or two.
+OVERHEAD = {"cpu": 12_000_000, "cuda": 2_000_000_000}
+LARGEST = 64  # crystals of a group
 
 
 class CrossAttentionLayer(nn.Module):
@@ -52,6 +58,30 @@ class CrossAttentionLayer(nn.Module):
         h_BND = h_BND + self.dropout(self.output(attended_BHNd.transpose(1, 2).flatten(2)))
         return h_BND + self.dropout(self.feedforward(h_BND)), weights_BHNT
 
+    def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        """The same node states from token states (B, T, n_text), of which no keys and values are made.
+
+        A score q (K x + b) is (q K) x + q b, and the weights w of a query give V (sum of w x) + b.
+        """
+        heads, rows = self.heads, h_BND.shape[0] * h_BND.shape[1]
+        key_HdE, value_HdE = (part.weight.unflatten(0, (heads, -1)) for part in (self.key, self.value))
+        # A product a head over the nodes of all crystals, not one a crystal: the weights are the same.
+        q_HMd = self.query(self.norm(h_BND)).view(rows, heads, -1).transpose(0, 1)
+        q_HMd = q_HMd * q_HMd.shape[-1] ** -0.5
+        shift_HM = (q_HMd @ self.key.bias.view(heads, -1, 1)).squeeze(-1)
+        asked_HME = q_HMd @ key_HdE
+        by_crystal = (heads, len(h_BND), -1)  # S queries of a crystal: heads times nodes
+        asked_BSE = asked_HME.view(*by_crystal, tokens_BTE.shape[2]).transpose(0, 1).flatten(1, 2)
+        shift_BS1 = shift_HM.view(by_crystal).transpose(0, 1).flatten(1).unsqueeze(-1)
+        hidden_B1T = torch.zeros_like(mask_BT, dtype=tokens_BTE.dtype).masked_fill(~mask_BT, -torch.inf)
+        scores_BST = torch.baddbmm(hidden_B1T.unsqueeze(1), asked_BSE, tokens_BTE.mT) + shift_BS1
+        shares_BST = scores_BST.softmax(dim=-1).to(tokens_BTE.dtype)
+        found_BHNE = (shares_BST @ tokens_BTE).unflatten(1, (heads, -1))
+        attended_HMd = found_BHNE.transpose(0, 1).flatten(1, 2) @ value_HdE.mT
+        attended_BND = attended_HMd.transpose(0, 1).reshape(*h_BND.shape[:2], -1) + self.value.bias
+        h_BND = h_BND + self.dropout(self.output(attended_BND))
+        return h_BND + self.dropout(self.feedforward(h_BND))
+
     def _split(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -61,18 +91,55 @@ class Fusion(nn.ModuleList):
 
     def __init__(self, n_node: int, n_text: int, layers: int, **sizes: Any):
         super().__init__(CrossAttentionLayer(n_node, n_text, **sizes) for _ in range(layers))
+        self.n_text: int = n_text
+        self.heads: int = sizes["heads"]
+        self.width: int = sizes["width"]
 
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
         """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text)."""
         fused, places = [], []
-        for crystals in by_length(batch.token_offsets):
+        for crystals in self._groups(batch):
             rows, node_offsets = rows_of(batch.node_offsets, crystals)
-            token_rows, token_offsets = rows_of(batch.token_offsets, crystals)
             h_BND, _ = pad(nodes.index_select(0, rows), node_offsets)
-            h_BND, _ = self.attend(h_BND, *pad(tokens.index_select(0, token_rows), token_offsets))
+            tokens_BTE, mask_BT = gather_block(tokens, batch.token_offsets, crystals)
+            tokens_BTE = tokens_BTE.to(product_type(nodes))
+            made, met = self._products(h_BND.shape[1], tokens_BTE.shape[1])
+            if met < made:
+                layers: list[Any] = list(self)
+                for layer in layers:
+                    h_BND = layer.attend_states(h_BND, tokens_BTE, mask_BT)
+            else:
+                h_BND, _ = self.attend(h_BND, tokens_BTE, mask_BT)
             fused.append(unpad(h_BND, node_offsets))
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
+
+    def _groups(self, batch: Batch) -> list[Tensor]:
+        """Crystals that are padded to one size together: those of like size, so that it costs the least."""
+        nodes, tokens = (offsets.diff().tolist() for offsets in (batch.node_offsets, batch.token_offsets))
+        order = sorted(range(batch.n), key=lambda crystal: (nodes[crystal], tokens[crystal]))
+        overhead = OVERHEAD[batch.node_offsets.device.type]
+        costs, starts = [0] * (batch.n + 1), [0] * (batch.n + 1)
+        for end in range(1, batch.n + 1):  # the cheapest way to cut the first `end`, by that of fewer
+            most_nodes = most_tokens = 0
+            costs[end] = sys.maxsize
+            for start in range(end - 1, max(end - LARGEST, 0) - 1, -1):
+                most_nodes = max(most_nodes, nodes[order[start]])
+                most_tokens = max(most_tokens, tokens[order[start]])
+                products = min(self._products(most_nodes, most_tokens))
+                if (cost := costs[start] + (end - start) * products + overhead) < costs[end]:
+                    costs[end], starts[end] = cost, start
+        groups, end = [], batch.n
+        while end:
+            groups.append(torch.tensor(order[starts[end] : end], device=batch.node_offsets.device))
+            end = starts[end]
+        return groups
+
+    def _products(self, nodes: int, tokens: int) -> tuple[int, int]:
+        """Products of a layer that makes a crystal's keys and values, and of one without them."""
+        made = tokens * self.width * self.n_text + nodes * tokens * self.width
+        met = nodes * self.heads * tokens * self.n_text + nodes * self.width * self.n_text
+        return made, met
 
     def attend(
         self, h_BND: Tensor, tokens_BTD: Tensor, mask_BT: Tensor, weights: bool = False
@@ -83,6 +150,7 @@ class Fusion(nn.ModuleList):
         projections = [part for layer in layers for part in (layer.key, layer.value)]
         weight = torch.cat([part.weight for part in projections])
         bias = torch.cat([part.bias for part in projections])
+        tokens_BTD = tokens_BTD.to(product_type(h_BND))
         kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(len(projections), dim=-1)
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
@@ -90,6 +158,12 @@ class Fusion(nn.ModuleList):
             if weights_BHNT is not None:
                 maps.append(weights_BHNT)
         return h_BND, maps
+
+
+def product_type(states: Tensor) -> torch.dtype:
+    """Type in which products with `states` are taken: that of autocast, where it is on."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 class CrossAttentionNetwork(Network):

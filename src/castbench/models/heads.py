@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+from castbench.models.batch import GROUP, gather_block
 
 
 def dense(n_in: int, n_out: int) -> nn.Linear:
@@ -30,6 +33,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tupl
     scores = q @ k.mT / q.shape[-1] ** 0.5
     shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
     return shares @ v, shares
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, q_offsets: Tensor, k_offsets: Tensor
+) -> Tensor:
+    """Attention of each text's queries (Q, D) to its own keys and values (T, D); returns (Q, D).
+
+    Packed, with offsets (B + 1,) of the texts. In half precision on a GPU by variable-length flash attention;
+    else texts are padded with their neighbours, which costs little where they come sorted by length.
+    """
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+    if has_variable_length(q):
+        most = int(q_offsets.diff().max()), int(k_offsets.diff().max())
+        return varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), *most).flatten(1)
+    attended = []
+    for texts in torch.arange(len(k_offsets) - 1, device=q.device).split(GROUP):
+        q_BQHd, real_BQ = gather_block(q, q_offsets, texts)
+        (k_BTHd, mask_BT), (v_BTHd, _) = (gather_block(part, k_offsets, texts) for part in (k, v))
+        found_BHQd = functional.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q_BQHd, k_BTHd, v_BTHd)), mask_BT[:, None, None, :]
+        )
+        attended.append(found_BHQd.transpose(1, 2)[real_BQ].flatten(1))
+    return torch.cat(attended)
+
+
+def has_variable_length(q: Tensor) -> bool:
+    """Whether flash attention for texts of various lengths takes such queries."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
 
 
 class Regression(nn.Sequential):

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network
-from castbench.models.batch import ABSENT, Batch, by_length, pad, rows_of, unpad
+from castbench.models.batch import ABSENT, GROUP, Batch, gather_block, pad, rows_of, unpad
 from castbench.models.heads import Regression
 from castbench.text import read_encoder
 
@@ -59,7 +58,7 @@ class TextEncoder(nn.Module):
     def read_ids(self, encoder: Path) -> None:
         """Run every layer from token ids from now on, so that texts can be read that no cache holds.
 
-        Predictions differ from those on cached states by the rounding of these to float16.
+        Predictions differ from those on cached states by the rounding of these to bfloat16.
         """
         if self.encoder is None:
             from castbench.text.encoders import LayeredEncoder
@@ -75,7 +74,7 @@ class TextEncoder(nn.Module):
         if self.encoder is None:
             raise ValueError("cached states tell no attention; call read_ids first")
         if self.start_layer:
-            hidden_BTd, mask_BT = pad(batch.token_states, batch.token_offsets)
+            hidden_BTd, mask_BT = pad(batch.token_states.float(), batch.token_offsets)
         else:
             ids_BT, mask_BT = pad(batch.token_ids, batch.token_offsets)
             hidden_BTd = self.encoder.embed(ids_BT)
@@ -86,49 +85,38 @@ class TextEncoder(nn.Module):
         """States of all tokens (T, width)."""
         if self.encoder is None:
             return batch.token_states
-        states, places = [], []
-        for texts in by_length(batch.token_offsets):
-            rows, offsets = rows_of(batch.token_offsets, texts)
-            hidden_BTd, _ = self._run(batch, rows, offsets, self.n_layers)
-            states.append(unpad(hidden_BTd, offsets))
-            places.append(rows)
-        return torch.cat(states).index_select(0, torch.cat(places).argsort())
+        hidden_Td, offsets, text_of = self._run(batch, self.n_layers)
+        return hidden_Td.index_select(0, rows_of(offsets, text_of)[0])
 
     def cls(self, batch: Batch) -> Tensor:
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
         if self.encoder is None:
-            return batch.token_states.index_select(0, batch.token_offsets[:-1])
-        groups, states = by_length(batch.token_offsets), []
-        for texts in groups:
-            hidden_BTd, mask_BT = self._run(batch, *rows_of(batch.token_offsets, texts), self.n_layers - 1)
-            states.append(first_token(self.encoder.layers[-1], hidden_BTd, mask_BT))
-        return torch.cat(states).index_select(0, torch.cat(groups).argsort())
+            return batch.token_states.index_select(0, batch.token_offsets[:-1]).float()
+        hidden_Td, offsets, text_of = self._run(batch, self.n_layers - 1)
+        return self.encoder.run_first(self.encoder.layers[-1], hidden_Td, offsets).index_select(0, text_of)
 
-    def _run(self, batch: Batch, rows: Tensor, offsets: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """Padded states (B, T, width) and mask (B, T) of some texts after the layers below `stop`."""
+    def _run(self, batch: Batch, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Different texts, sorted by length, through the layers below `stop`.
+
+        Returns their states (t, width), offsets (b + 1,), and which of them each crystal has (B,).
+        """
+        crystals = torch.arange(batch.n, device=batch.token_offsets.device)
+        firsts = text_of = crystals
+        if batch.text_ids is not None:
+            different, text_of = batch.text_ids.unique(return_inverse=True)
+            firsts = torch.full_like(different, batch.n).scatter_reduce(0, text_of, crystals, "amin")
+        order = batch.token_offsets.diff()[firsts].argsort(stable=True)
+        firsts, text_of = firsts[order], order.argsort()[text_of]
+        rows, offsets = rows_of(batch.token_offsets, firsts)
         if self.start_layer:
-            hidden_BTd, mask_BT = pad(batch.token_states.index_select(0, rows), offsets)
+            hidden_Td = batch.token_states.index_select(0, rows).float()
         else:
-            ids_BT, mask_BT = pad(batch.token_ids.index_select(0, rows), offsets)
-            hidden_BTd = self.encoder.embed(ids_BT)
-        return self.encoder.run(hidden_BTd, mask_BT, self.start_layer, stop), mask_BT
-
-
-def first_token(layer: Any, hidden_BTd: Tensor, mask_BT: Tensor) -> Tensor:
-    """Output (B, d) of a BERT layer at the first token: one query, keys and values of all tokens."""
-    attention, first_B1d = layer.attention.self, hidden_BTd[:, :1]
-
-    def heads(states: Tensor) -> Tensor:
-        return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-    context_BH1d = functional.scaled_dot_product_attention(
-        heads(attention.query(first_B1d)),
-        heads(attention.key(hidden_BTd)),
-        heads(attention.value(hidden_BTd)),
-        attn_mask=mask_BT[:, None, None, :],
-    )
-    attended_B1d = layer.attention.output(context_BH1d.transpose(1, 2).flatten(2), first_B1d)
-    return layer.feed_forward_chunk(attended_B1d).squeeze(1)
+            embedded = []
+            for texts in firsts.split(GROUP):
+                ids_BT, mask_BT = gather_block(batch.token_ids, batch.token_offsets, texts)
+                embedded.append(self.encoder.embed(ids_BT)[mask_BT])
+            hidden_Td = torch.cat(embedded)
+        return self.encoder.run_packed(hidden_Td, offsets, self.start_layer, stop), offsets, text_of
 
 
 def adapted_layers(lora: dict[str, Any], n_layers: int) -> int:

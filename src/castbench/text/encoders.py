@@ -18,7 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from castbench.errors import InputError
-from castbench.models.heads import attend
+from castbench.models.heads import attend, attend_packed
 from castbench.provenance import sha256_file, sha256_json, write_json
 from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
 
@@ -80,6 +80,38 @@ class LayeredEncoder(nn.Module):
         for layer in self.layers[start:stop]:
             hidden_BTd = layer(hidden_BTd, attention_mask)
         return hidden_BTd
+
+    def run_packed(
+        self, hidden_Td: torch.Tensor, offsets: torch.Tensor, start: int, stop: int
+    ) -> torch.Tensor:
+        """As `run`, on texts end to end (T, d) with offsets (B + 1,): no product is spent on padding."""
+        for layer in self.layers[start:stop]:
+            hidden_Td = self._run_layer(layer, hidden_Td, hidden_Td, offsets, offsets)
+        return hidden_Td
+
+    def run_first(self, layer: Any, hidden_Td: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """States (B, d) of the first tokens after one more layer: one query a text."""
+        each = torch.arange(len(offsets), device=offsets.device)
+        return self._run_layer(layer, hidden_Td.index_select(0, offsets[:-1]), hidden_Td, each, offsets)
+
+    def _run_layer(
+        self,
+        layer: Any,
+        asking_Qd: torch.Tensor,
+        hidden_Td: torch.Tensor,
+        q_offsets: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> torch.Tensor:
+        attention = layer.attention.self
+        context_Qd = attend_packed(
+            attention.query(asking_Qd),
+            attention.key(hidden_Td),
+            attention.value(hidden_Td),
+            attention.num_attention_heads,
+            q_offsets,
+            offsets,
+        )
+        return layer.feed_forward_chunk(layer.attention.output(context_Qd, asking_Qd))
 
     def attend(
         self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int

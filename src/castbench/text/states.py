@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -15,6 +14,9 @@ from castbench.text import read_encoder
 from castbench.text.packed import read_manifest, write_manifest
 from castbench.text.tokens import PackedTokens
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096  # padded tokens run at once
@@ -23,7 +25,9 @@ REPORT = 20  # lines of progress
 
 @dataclass(frozen=True)
 class PackedStates:
-    """Hidden states (T, d) float16 of the tokens of `PackedTokens`, memory-mapped, with the same offsets.
+    """Hidden states (T, d) of the tokens of `PackedTokens`, memory-mapped, with the same offsets.
+
+    They are bfloat16, which numpy lacks: `states` (T, d) uint16 holds their bits.
 
     `manifest["layer"]` layers have been run: 0 gives the embeddings, all of them the final states.
     """
@@ -47,9 +51,14 @@ class PackedStates:
         if tokens is not None and manifest["tokens"] != sha256_file(tokens / "manifest.json"):
             raise InputError(f"{folder}: states of other tokens than {tokens}; run embed_text again")
         states = np.load(folder / "states.npy", mmap_mode="r", allow_pickle=False)
-        if states.shape != (manifest["n_tokens"], manifest["hidden_size"]) or states.dtype != np.float16:
+        if states.shape != (manifest["n_tokens"], manifest["hidden_size"]) or states.dtype != np.uint16:
             raise InputError(f"{folder}: states.npy is not what its manifest says; run embed_text again")
         return cls(folder, manifest, states)
+
+
+def round_states(states: "Tensor") -> "Tensor":
+    """Hidden states as they are kept: in the type of bf16-mixed training, with float32's range."""
+    return states.bfloat16()
 
 
 def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device: str = "auto") -> None:
@@ -61,11 +70,11 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
         tokens: folder of `tokenize_text`.
         encoder: folder of `prefetch_encoder`.
         remaining: layers left to the models; 0 gives the encoder's final states.
-        output: folder for states.npy (T, d) float16 and manifest.json.
+        output: folder for states.npy (T, d), the bits of bfloat16 as uint16, and manifest.json.
         device: auto, cpu or cuda.
 
     Raises:
-        InputError: tokens of another encoder, more layers than there are, or states beyond float16.
+        InputError: tokens of another encoder, more layers than there are, or states that are not finite.
     """
     import torch
 
@@ -96,17 +105,17 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
         atomic_path(output / "states.npy") as partial,
         torch.inference_mode(),
     ):
-        states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape)
         for batch in _buckets(lengths):
             ids_BT = np.zeros((len(batch), lengths[batch].max()), dtype=np.int64)
             for row, group in enumerate(batch):
                 ids_BT[row, : lengths[group]] = packed[firsts[group]]
             mask_BT = torch.from_numpy(np.arange(ids_BT.shape[1]) < lengths[batch, None]).to(device)
             hidden_BTd = model.embed(torch.from_numpy(ids_BT).to(device))
-            hidden_BTd = model.run(hidden_BTd, mask_BT, 0, layer).half()
+            hidden_BTd = round_states(model.run(hidden_BTd, mask_BT, 0, layer))
             if not torch.isfinite(hidden_BTd[mask_BT]).all():
-                raise InputError(f"{encoder}: hidden states exceed float16; use another encoder")
-            result_BTd = hidden_BTd.cpu().numpy()
+                raise InputError(f"{encoder}: hidden states are not finite; use another encoder")
+            result_BTd = hidden_BTd.view(torch.uint16).cpu().numpy()
             for row, group in enumerate(batch):
                 for text in groups[group]:
                     start = packed.token_offsets[text]
@@ -134,9 +143,9 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
 
 def _equal_texts(packed: PackedTokens) -> list[list[int]]:
     """Indices of the texts, those with the same tokens together."""
-    groups: dict[bytes, list[int]] = {}
-    for text in range(len(packed)):
-        groups.setdefault(sha256(packed[text].tobytes()).digest(), []).append(text)
+    groups: dict[int, list[int]] = {}
+    for text, first in enumerate(packed.text_ids().tolist()):
+        groups.setdefault(first, []).append(text)
     return list(groups.values())
 
 

@@ -60,6 +60,12 @@ class PackedTokens:
     def __getitem__(self, text: int) -> np.ndarray:
         return self.token_ids[self.token_offsets[text] : self.token_offsets[text + 1]]
 
+    def text_ids(self) -> np.ndarray:
+        """For each text (G,) the first one with the same tokens."""
+        firsts: dict[bytes, int] = {}
+        digests = (sha256(self[text].tobytes()).digest() for text in range(len(self)))
+        return np.array([firsts.setdefault(digest, text) for text, digest in enumerate(digests)], np.int64)
+
     def index(self) -> pa.Table:
         """One row a crystal: material_id, n_tokens_full (before truncation), n_tokens, has_text."""
         return pq.read_table(self.folder / "index.parquet")

@@ -94,10 +94,13 @@ class Crystals:
                 )
             self.nodes = Ragged(packed.node_offsets, device, **nodes)
             self.edges = Ragged(packed.edge_offsets, device, **packed.edge_arrays)
+        self.text_ids: Tensor | None = None
         if network.text_mode != "none":
-            self._open_text(tokens, states, network.text_layer)
+            packed_tokens = self._open_text(tokens, states, network.text_layer)
+            if network.text_mode == "lora":  # equal texts of a batch are encoded once
+                self.text_ids = torch.from_numpy(packed_tokens.text_ids())
 
-    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> None:
+    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> PackedTokens:
         packed = PackedTokens.open(tokens)
         index = packed.index()
         if index["material_id"].to_pylist() != self.material_ids:
@@ -120,6 +123,7 @@ class Crystals:
             arrays = {"token_states": cached.states}
             self.checksums["states"] = _checksum(states)
         self.tokens = Ragged(packed.token_offsets, self.device, **arrays)
+        return packed
 
     def rows(self, material_ids: Iterable[str]) -> tuple[Tensor, int]:
         """Rows (n,) of those crystals that have a graph, and the number of those that have none.
@@ -170,15 +174,18 @@ class Crystals:
             if "token_ids" in tokens:
                 batch.token_ids = tokens["token_ids"].long()
             else:
-                batch.token_states = tokens["token_states"].float()
+                batch.token_states = tokens["token_states"]
+        if self.text_ids is not None:
+            batch.text_ids = self.text_ids[rows].to(self.device)
         return batch
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the memory of an array that nobody will write to."""
+    """A tensor on the memory of an array that nobody will write to; uint16 holds the bits of bfloat16."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 def _place(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from castbench.models import build_pretraining
 from castbench.models.base import Network
 from castbench.models.batch import Batch
 from castbench.staging import stage_cache
+from castbench.text.states import round_states
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import MaskedNode, Pretraining
@@ -153,7 +154,7 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
         model = LayeredEncoder.from_folder(encoder).to(token.device)
         with torch.inference_mode():
             mask = torch.ones(1, 1, dtype=torch.bool, device=token.device)
-            state = model.run(model.embed(token[None]), mask, 0, network.text_layer)[0].half().float()
+            state = round_states(model.run(model.embed(token[None]), mask, 0, network.text_layer)[0])
 
     def alter(batch: Batch, rows: Tensor) -> Batch:
         alone = Batch(batch.n, token_offsets=torch.arange(batch.n + 1, device=token.device))
@@ -168,6 +169,5 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
 
 def with_text(batch: Batch, other: Batch) -> Batch:
     """The crystals of a batch with the texts of another."""
-    return replace(
-        batch, token_ids=other.token_ids, token_states=other.token_states, token_offsets=other.token_offsets
-    )
+    parts = ("token_ids", "token_states", "token_offsets", "text_ids")
+    return replace(batch, **{name: getattr(other, name) for name in parts})

@@ -36,6 +36,37 @@ def test_explicit_attention_equals_the_fast_path(cast, batch):
     torch.testing.assert_close(unpad(explicit, batch.node_offsets), fast, atol=1e-5, rtol=1e-5)
 
 
+def test_making_keys_and_meeting_the_states_are_the_same_function(cast, batch, monkeypatch):
+    found = []
+    for products in ((0, 1), (1, 0)):
+        monkeypatch.setattr(cast.fusion, "_products", lambda *_, products=products: products)
+        cast.zero_grad()
+        states = batch.token_states.clone().requires_grad_()
+        predicted = cast(replace(batch, token_states=states))
+        (predicted * torch.tensor([1.0, -2.0, 3.0, -1.0, 2.0])).sum().backward()
+        gradients = [p.grad.clone() for name, p in cast.named_parameters() if "key.bias" not in name]
+        found.append([predicted.detach(), states.grad, *gradients])
+    for made, met in zip(*found, strict=True):
+        torch.testing.assert_close(met, made, atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_met_where_that_takes_fewer_products():
+    fusion = Fusion(128, 768, layers=1, heads=8, width=128, feedforward=512, dropout=0.0)
+    made, met = fusion._products(4, 250)
+    assert met < made
+    made, met = fusion._products(40, 250)
+    assert made < met
+
+
+@pytest.mark.parametrize("overhead", [0, 10_000, 10**12])
+def test_groups_hold_each_crystal_once_and_change_nothing(cast, batch, monkeypatch, overhead):
+    monkeypatch.setattr("castbench.models.cross_attention.OVERHEAD", {"cpu": overhead})
+    groups = cast.fusion._groups(batch)
+    assert sorted(torch.cat(groups).tolist()) == list(range(batch.n))
+    assert len(groups) == {0: 5, 10_000: 2, 10**12: 1}[overhead]
+    torch.testing.assert_close(cast(batch), cast.attention_maps(batch)[0], atol=1e-5, rtol=1e-5)
+
+
 def test_attention_maps_come_with_the_same_predictions(cast, batch):
     torch.testing.assert_close(cast.attention_maps(batch)[0], cast(batch), atol=1e-5, rtol=1e-5)
 

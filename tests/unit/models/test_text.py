@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from castbench.errors import InputError
+from castbench.models import heads
+from castbench.models.batch import pad
 from castbench.models.text import TextEncoder, TextOnly
 from castbench.text.encoders import LayeredEncoder
 from model_batches import join
@@ -103,3 +105,63 @@ def test_impossible_number_of_layers_is_refused(encoder, layers):
 
 def test_text_only_reads_no_graph(encoder):
     assert TextOnly({"lora": LORA}, encoder).needs == {"token_states"}
+
+
+def padded(text, batch):
+    """The plain way: all texts of the batch padded to the longest, through every layer."""
+    if text.start_layer:
+        hidden, mask = pad(batch.token_states, batch.token_offsets)
+    else:
+        ids, mask = pad(batch.token_ids, batch.token_offsets)
+        hidden = text.encoder.embed(ids)
+    return text.encoder.run(hidden, mask, text.start_layer, text.n_layers)[mask]
+
+
+def with_gradients(text, states):
+    text.zero_grad()
+    (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+    return [states.detach(), *(p.grad.clone() for p in text.parameters() if p.requires_grad)]
+
+
+def reference_varlen(q, k, v, q_offsets, k_offsets, most_q, most_k):
+    """What variable-length attention computes, a text at a time."""
+    assert q_offsets.dtype == k_offsets.dtype == torch.int32
+    assert (most_q, most_k) == (int(q_offsets.diff().max()), int(k_offsets.diff().max()))
+    found = []
+    for text in range(len(q_offsets) - 1):
+        queries = q[q_offsets[text] : q_offsets[text + 1]]
+        keys, values = (part[k_offsets[text] : k_offsets[text + 1]] for part in (k, v))
+        heads = (part.transpose(0, 1) for part in (queries, keys, values))
+        found.append(torch.nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_packed_texts_give_the_states_and_gradients_of_padded_ones(tuned, crystals, monkeypatch, varlen):
+    if varlen:  # the way of a GPU
+        monkeypatch.setattr(heads, "has_variable_length", lambda q: True)
+        monkeypatch.setattr(heads, "varlen_attn", reference_varlen)
+    away_from_start(tuned)
+    monkeypatch.setattr(heads, "GROUP", 2)
+    batch = cached(tuned, crystals)
+    plain = with_gradients(tuned, padded(tuned, batch))
+    for ours, theirs in zip(with_gradients(tuned, tuned(batch)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+    first = tuned(batch)[batch.token_offsets[:-1]]
+    torch.testing.assert_close(tuned.cls(batch), first, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_texts_are_encoded_once_a_batch(tuned, crystals, monkeypatch):
+    away_from_start(tuned)
+    some = crystals(tuned.start_layer or None)
+    batch = join([some[1], some[2], some[1], some[3], some[2]])
+    apart = with_gradients(tuned, tuned(batch))
+    batch.text_ids = torch.tensor([40, 7, 40, 9, 7])
+    seen, run = [], tuned.encoder.run_packed
+    monkeypatch.setattr(
+        tuned.encoder, "run_packed", lambda hidden, *rest: seen.append(len(hidden)) or run(hidden, *rest)
+    )
+    for once, each in zip(with_gradients(tuned, tuned(batch)), apart, strict=True):
+        torch.testing.assert_close(once, each, atol=1e-5 * float(each.abs().max()), rtol=1e-5)
+    assert seen == [12 + 30 + 3]
+    torch.testing.assert_close(tuned.cls(batch), apart[0][batch.token_offsets[:-1]], atol=1e-5, rtol=1e-5)

@@ -44,9 +44,9 @@ def test_a_batch_is_the_crystals_end_to_end(data, crystals_of, rows):
         edge = edges.stop
         text = slice(*tokens.token_offsets[row : row + 2])
         place_of_text = slice(*batch.token_offsets[place : place + 2].tolist())
-        np.testing.assert_array_equal(
-            batch.token_states[place_of_text].numpy(), states[text].astype(np.float32)
-        )
+        found = batch.token_states[place_of_text]
+        assert found.dtype == torch.bfloat16
+        np.testing.assert_array_equal(found.view(torch.uint16).numpy(), states[text])
     assert edge == len(batch.distances) and batch.node_offsets[-1] == len(batch.atomic_numbers)
     assert batch.token_ids is None
 
@@ -104,3 +104,11 @@ def test_arrays_stay_mapped_and_ragged_rows_may_be_empty(tmp_path):
     assert ragged.arrays["values"].data_ptr() == mapped.__array_interface__["data"][0]
     offsets, values = ragged.take(torch.tensor([2, 1, 0]))
     assert offsets.tolist() == [0, 4, 4, 6] and values["values"].tolist() == [2, 3, 4, 5, 0, 1]
+
+
+def test_equal_texts_have_one_id_in_models_that_encode_them(data, crystals_of):
+    tokens = PackedTokens.open(data.root / "tokens")
+    rows = torch.tensor([3, 5, 3])
+    ids = crystals_of("text_only").batch(rows).text_ids.tolist()
+    assert ids[0] == ids[2] != ids[1] and np.array_equal(tokens[ids[0]], tokens[3])
+    assert crystals_of("cast").batch(rows).text_ids is None

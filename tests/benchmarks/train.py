@@ -1,0 +1,282 @@
+"""A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's floor.
+
+    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9]
+
+Real crystals of ../shared/data, batches of 64, loading included. The plain loop of coGN is torch-geometric's
+DataLoader over a Data object a crystal, and the model as a MessagePassing layer on concatenated states.
+Alternatives run in turns, a step each; figures are medians: CPU seconds with one thread, which other jobs
+disturb little, and wall seconds with more threads or on a GPU.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import zstandard
+from pymatgen.core import Element, Lattice
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_geometric.data import Data
+from torch_geometric.loader import DataLoader
+from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import scatter
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+from castbench.graphs.neighbours import crystal_graph  # noqa: E402
+from castbench.graphs.packed import NODE_ARRAYS, PackedGraphs, PackedWriter  # noqa: E402
+from castbench.models import build_model  # noqa: E402
+from castbench.models.cogn import CUTOFF, N_BASIS  # noqa: E402
+from castbench.models.elements import N_ELEMENTS, element_facts  # noqa: E402
+from castbench.models.heads import Regression, dense  # noqa: E402
+from castbench.provenance import sha256_file  # noqa: E402
+from castbench.text import read_encoder  # noqa: E402
+from castbench.text.encoders import prefetch_encoder  # noqa: E402
+from castbench.text.packed import write_manifest  # noqa: E402
+from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
+from castbench.training.dataset import Crystals  # noqa: E402
+from castbench.training.loop import MAX_GRADIENT_NORM, make_optimizer  # noqa: E402
+from make_random_bert import make_random_bert  # noqa: E402
+
+DATA = ROOT.parent / "shared" / "data"
+ROWS = {"elastic4": 2880, "mp36k": 33124}
+BATCH, WIDTH, DEPTH, HIDDEN = 64, 128, 5, 4
+RATES = {"learning_rate": 5e-4, "lora_learning_rate": 1e-4, "weight_decay": 1e-2}
+ARCHITECTURE: dict[str, Any] = {
+    "cogn": {"width": WIDTH, "depth": DEPTH},
+    "lora": {"rank": 8, "alpha": 16, "dropout": 0.05, "layers": "all"},
+    "cross_attention": {
+        "text": "frozen", "layers": 4, "heads": 8, "width": WIDTH, "feedforward": 512, "dropout": 0.0,
+    },
+}  # fmt: skip
+Steps = Iterator[None]  # takes a training step each time it is asked
+
+
+def write_crystals(name: str, n: int, folder: Path) -> None:
+    """Graphs, and descriptions.parquet, of about n crystals evenly spread over a file of ../shared/data."""
+    graphs, rows = [], []
+    with zstandard.open(DATA / f"{name}.jsonl.zst", "rt") as lines:
+        every = max(ROWS[name] // n, 1)
+        for row in map(json.loads, itertools.islice(lines, 0, every * n, every)):
+            lattice = Lattice.from_parameters(*row["cell"]).matrix
+            elements = np.array([Element(symbol).Z for symbol in row["species"]])
+            graphs.append(crystal_graph(lattice, np.array(row["frac"]), elements))
+            rows.append({"material_id": row["material_id"], "text": row.get("description")})
+    with PackedWriter(folder / "graphs", {}, "benchmark") as writer:
+        writer.append([row["material_id"] for row in rows], graphs)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
+
+
+class PlainBlock(MessagePassing):
+    """coGN's message block on the concatenation of edge, receiver and sender."""
+
+    def __init__(self):
+        super().__init__(aggr="sum")
+        sizes = [3 * WIDTH] + [WIDTH] * (1 + HIDDEN)
+        layers = [
+            layer for n_in, n_out in itertools.pairwise(sizes) for layer in (dense(n_in, n_out), nn.SiLU())
+        ]
+        self.mlp, self.update_node = nn.Sequential(*layers), dense(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge: Tensor, weight: Tensor) -> Tensor:
+        """Node states after the messages."""
+        received = self.propagate(edge_index, x=x, edge=edge, weight=weight)
+        return x + functional.silu(self.update_node(received))
+
+    def message(self, x_i: Tensor, x_j: Tensor, edge: Tensor, weight: Tensor) -> Tensor:
+        """Messages of all edges."""
+        return self.mlp(torch.cat([edge, x_i, x_j], dim=-1)) * weight[:, None]
+
+
+class PlainCoGN(nn.Module):
+    """coGN as one would write it with torch-geometric."""
+
+    def __init__(self):
+        super().__init__()
+        facts = torch.from_numpy(element_facts())
+        self.register_buffer("facts", facts)
+        self.register_buffer("centres", torch.linspace(0, CUTOFF, N_BASIS + 1)[1:])
+        self.embedding = nn.Embedding(N_ELEMENTS + 1, WIDTH)
+        self.node_input, self.edge_input = dense(WIDTH + facts.shape[1], WIDTH), dense(N_BASIS, WIDTH)
+        self.blocks = nn.ModuleList(PlainBlock() for _ in range(DEPTH))
+        self.head = Regression(WIDTH)
+
+    def forward(self, data: Data) -> Tensor:
+        """Predictions (B,)."""
+        x = self.node_input(torch.cat([self.embedding(data.z), self.facts[data.z]], dim=1))
+        spacing = CUTOFF / N_BASIS
+        gaussians = torch.exp((data.distance[:, None] - self.centres).square() / (-2 * spacing))
+        edge = self.edge_input(gaussians)
+        for block in self.blocks:
+            x = block(x, data.edge_index, edge, data.weight)
+        total = scatter(x * data.atoms[:, None], data.batch, dim_size=data.num_graphs)
+        return self.head(total / scatter(data.atoms, data.batch, dim_size=data.num_graphs)[:, None])
+
+
+def plain_data(graphs: PackedGraphs, targets: Tensor, merged: bool) -> list[Data]:
+    """A Data object a crystal; `merged` keeps the weight of parallel edges, else each stands for itself."""
+    found = []
+    for place, y in enumerate(targets):
+        graph = graphs[place]
+        parallel = graph.edge_multiplicities.astype(int)
+        repeats = np.ones_like(parallel) if merged else parallel
+        edges = np.stack([graph.edge_source, graph.edge_target]).repeat(repeats, axis=1).astype(np.int64)
+        weight = graph.edge_multiplicities if merged else np.ones(edges.shape[1], np.float32)
+        z, atoms = (np.array(getattr(graph, name)) for name in NODE_ARRAYS)
+        parts = {"edge_index": edges, "distance": graph.distances.repeat(repeats), "weight": np.array(weight)}
+        parts |= {"z": z.astype(np.int64) - 1, "atoms": atoms}
+        found.append(
+            Data(**{key: torch.from_numpy(part) for key, part in parts.items()}, y=y[None], num_nodes=len(z))
+        )
+    return found
+
+
+def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[Tensor, Tensor]]) -> Steps:
+    """Steps over a loader for ever, as in a tutorial; `predict` gives predictions and targets of a batch."""
+    optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=1e-4)
+    network.train()
+    while True:
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = functional.l1_loss(*predict(batch))
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            yield
+
+
+def our_steps(network: Any, crystals: Crystals, targets: Tensor) -> Steps:
+    """Steps as `Trainer.advance` takes them."""
+    optimizer = make_optimizer(network, RATES)
+    network.train()
+    while True:
+        for rows in torch.randperm(len(targets)).split(BATCH):
+            loss = functional.l1_loss(network(crystals.batch(rows)), targets[rows])
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+
+def seconds_each(
+    steps: dict[str, Steps], rounds: int, device: torch.device, threads: int
+) -> dict[str, float]:
+    """Median seconds of a step of each, taken in turns."""
+    clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):  # the first warms up
+        for name, step in steps.items():
+            start = clock()
+            next(step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                found[name].append(clock() - start)
+    return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def compare_cogn(folder: Path, device: torch.device, rounds: int, threads: int) -> dict[str, float]:
+    """Seconds of coGN's step, ours and plain ones, on crystals like the Materials Project's."""
+    network = build_model("structure_only", ARCHITECTURE, None).to(device)
+    crystals = Crystals(network, folder / "graphs", None, None, device)  # type: ignore[arg-type]
+    targets = torch.randn(len(crystals.material_ids), device=device)
+    steps = {"coGN, castbench": our_steps(network, crystals, targets)}
+    graphs = PackedGraphs.open(folder / "graphs")
+    for name, merged in (("an edge a neighbour", False), ("equal edges merged", True)):
+        plain = PlainCoGN().to(device)
+        loader = DataLoader(plain_data(graphs, targets.cpu(), merged), batch_size=BATCH, shuffle=True)
+
+        def predict(batch: Any, plain: PlainCoGN = plain) -> tuple[Tensor, Tensor]:
+            batch = batch.to(device)
+            return plain(batch), batch.y
+
+        steps[f"coGN, torch-geometric, {name}"] = plain_steps(plain, loader, predict)
+    return seconds_each(steps, rounds, device, threads)
+
+
+def write_text(folder: Path, encoder: Path) -> None:
+    """Tokens of descriptions.parquet and random states of them, as if of the encoder's last layer."""
+    settings = {"max_tokens": 512}
+    tokenize_text(settings, folder / "descriptions.parquet", encoder, folder / "tokens")
+    n, described = len(PackedTokens.open(folder / "tokens").token_ids), read_encoder(encoder)
+    (folder / "states").mkdir()
+    bits = torch.randn(n, described["hidden_size"]).bfloat16().view(torch.uint16).numpy()
+    np.save(folder / "states" / "states.npy", bits)
+    content = {"layer": described["layers"], "hidden_size": described["hidden_size"], "n_tokens": n}
+    content["tokens"] = sha256_file(folder / "tokens" / "manifest.json")
+    write_manifest(folder / "states", content, ["states.npy"])
+
+
+def compare_cast(
+    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int
+) -> dict[str, float]:
+    """Seconds of the step of CAST on cached token states, and of coGN alone, on the same crystals."""
+    steps = {}
+    for name, model in (("coGN alone", "structure_only"), ("CAST, frozen text", "cast_scratch")):
+        network = build_model(model, ARCHITECTURE, encoder).to(device)
+        crystals = Crystals(network, folder / "graphs", folder / "tokens", folder / "states", device)
+        targets = torch.randn(len(crystals.material_ids), device=device)
+        steps[name] = our_steps(network, crystals, targets)
+    return seconds_each(steps, rounds, device, threads)
+
+
+def main() -> None:
+    """Print a table and, last, the ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="alone on a machine: 1 2")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each alternative")
+    parser.add_argument("--crystals", type=int, default=512, help="of each file")
+    parser.add_argument("--only", nargs="+", default=["cogn", "cast"], help="of cogn, cast")
+    arguments = parser.parse_args()
+    device, rounds = torch.device(arguments.device), arguments.rounds
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        mp36k, elastic4, encoder = (Path(scratch) / name for name in ("mp36k", "elastic4", "encoder"))
+        for folder in (mp36k, elastic4):
+            folder.mkdir()
+            write_crystals(folder.name, arguments.crystals, folder)
+        vocabulary = (DATA / "scivocab_uncased.txt").read_text(encoding="utf-8").splitlines()
+        make_random_bert(Path(scratch) / "bert", vocabulary)
+        prefetch_encoder(f"{Path(scratch) / 'bert'}@random", encoder)
+        write_text(elastic4, encoder)
+        last = ""
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            on = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+            if "cogn" in arguments.only:
+                found = compare_cogn(mp36k, device, rounds, threads)
+                ours, plain, merged = found.values()
+                show(on, found)
+                print(f"ratio {plain / ours:.2f}; {merged / ours:.2f} to the plain loop on our merged edges")
+                last = f"ratio {plain / ours:.2f} (coGN training steps a second, against torch-geometric)"
+            if "cast" in arguments.only:
+                found = compare_cast(elastic4, encoder, device, rounds, threads)
+                show(on, found)
+                alone, cast = found.values()
+                print(f"ratio {alone / cast:.2f} (CAST with frozen text, steps a second, against coGN alone)")
+        print(last)
+
+
+def show(on: str, found: dict[str, float]) -> None:
+    """Print the seconds of each alternative."""
+    for name, seconds in found.items():
+        print(f"{on:16} {name:45} {1e3 * seconds:9.1f} ms a step", flush=True)
+
+
+if __name__ == "__main__":
+    main()
