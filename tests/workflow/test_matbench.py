@@ -54,7 +54,7 @@ def test_the_report_has_ours_beside_the_published_and_says_whose_data_it_is(fini
     report = (finished / "results/tiny/report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//[^"' >]+\.(js|css|woff2?|png|svg)""", report)
     assert "coGN, published" in report and "37.17 ± 13.68" in report
-    assert "own data" in report and "not as Matbench published it" in report
+    assert "own data" in report and "Not as Matbench published them" in report
     assert "results/tiny/matbench/structure_only/0/results.json.gz" in report
 
 

@@ -1,7 +1,7 @@
 """Crystals and their labels.
 
 Input: the source named in the configuration (materials.source): a file (materials.path), the Materials Project,
-or a snapshot of it (materials.snapshot).
+a snapshot of it (materials.snapshot), or Matbench's files (matbench.smk).
 Output: materials.parquet, funnel.json, splits/{target}.json. A download leaves materials/snapshot.jsonl.zst, not
 declared, like its pages: Snakemake removes what a failed job declares, and the next start goes on from these.
 """

@@ -82,7 +82,7 @@ def kind(manifest: dict[str, Any]) -> dict[str, str]:
         }
     return {
         "badge": "own data",
-        "text": f"{', '.join(other)}: not as Matbench published it. Its scores are for reference only.",
+        "text": f"Not as Matbench published them: {', '.join(other)}. Its scores are for reference only.",
     }
 
 
