@@ -111,6 +111,21 @@ def write_materials(paths: Iterable[Path], output: Path) -> tuple[list[str], int
     return sources, failures
 
 
+def read_formulas(given: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Formulas as they are given, or in the column `formula` of tables; a RecordError for what has none."""
+    columns = Columns({})
+    for word in given:
+        if not word.exists():
+            yield str(word), str(word)
+            continue
+        try:
+            for name, record in read_records(word):
+                formula = record if isinstance(record, RecordError) else columns.get(record, "formula")
+                yield str(word.parent / name), formula
+        except InputError as error:
+            yield str(word), RecordError("unreadable file", str(error).removeprefix(f"{word}: "))
+
+
 def find_encoder(folder: Path, checksum: str) -> Path:
     """The text encoder with this checksum.
 

@@ -1,4 +1,4 @@
-"""Predictions of trained models for crystals in files."""
+"""Predictions of trained models for crystals in files, or for formulas."""
 
 import logging
 import tempfile
@@ -11,10 +11,19 @@ import pyarrow.parquet as pq
 import torch
 
 from castbench.errors import InputError
-from castbench.evaluation.new_crystals import make_caches, make_states, run_encoder, write_materials
+from castbench.evaluation.new_crystals import (
+    make_caches,
+    make_states,
+    read_formulas,
+    run_encoder,
+    write_materials,
+)
 from castbench.evaluation.trained import load_run, read_config, read_run
-from castbench.labels import TARGETS
+from castbench.labels import CLASS_TARGETS, TARGETS
+from castbench.materials.structures import RecordError
+from castbench.models import COMPOSITION_REGISTRY
 from castbench.provenance import atomic_path
+from castbench.report import tables
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import in_unit
 from castbench.training.objectives import predict as predict_rows
@@ -26,10 +35,8 @@ WANTED = "give results/DATASET/runs/TARGET/MODEL, or a seed's folder in it"
 SHOWN = 20  # crystals whose predictions the log shows
 
 
-def predict(
-    run: Path, crystals: list[Path], /, output: Path = Path("predictions.csv"), threads: int = 1
-) -> None:
-    """Predict crystals with a trained model; of several seeds, also their mean and spread.
+def predict(run: Path, crystals: list[Path], /, output: Path = OUTPUT, threads: int = 1) -> None:
+    """Predict crystals or formulas with a trained model; of several seeds, also their mean and spread.
 
     Graphs and texts are made as for the run's data set, in a temporary folder beside the output, which needs
     room for them; memory does not grow with the crystals. The run's own test crystals, in the order of its
@@ -37,24 +44,49 @@ def predict(
     them to rounding.
 
     Args:
-        run: results/{dataset}/runs/{target}/{model}, or one seed's folder in it.
+        run: results/{dataset}/runs/{target}/{model}, or one seed's folder in it; of a model of formulas,
+            results/{dataset}/composition_runs/{model}.
         crystals: files and folders: CIF, POSCAR and whatever else pymatgen reads; tables (JSON lines, CSV,
-            Parquet) with columns as for `materials.source: local`; rows of materials.parquet.
+            Parquet) with columns as for `materials.source: local`; rows of materials.parquet. For a model of
+            formulas: formulas, and tables with a column of them.
         output: CSV, or Parquet by its ending: id, source (file, or file:row), formula, and in the target's
             unit the mean over seeds, their sample standard deviation (none for one seed), and each seed's
-            prediction.
+            prediction; of a class, the probability.
         threads: processes that build graphs.
 
     Raises:
-        InputError: no run here is finished; a crystal has no prediction, after all others have theirs.
+        InputError: no run here is finished; something has no prediction, after all others have theirs.
     """
     runs = finished_runs(run)
-    record, config = read_run(runs[0]), read_config(runs[0])
-    results = runs[0].resolve().parents[3]
-    encoder = run_encoder(record, results)
-    target = TARGETS[record["target"]]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".predict") as temporary:
+    if "target" in read_run(runs[0]):
+        table, failures = predict_crystals(runs, crystals, output.parent, threads)
+    else:
+        table, failures = predict_formulas(runs, crystals)
+    with atomic_path(output) as partial:
+        if output.suffix == ".parquet":
+            table.to_parquet(partial, index=False)
+        else:
+            table.to_csv(partial, index=False, lineterminator="\n")
+    for row in tables.records(table.head(SHOWN)):
+        values = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
+        log.info("%s: %s", row["formula"], ", ".join(values))
+    log.info("%d predictions in %s", len(table), output)
+    if failures:
+        raise InputError(
+            f"{failures} of {len(table) + failures} have no prediction; the lines above say why, "
+            f"and {output} has the others"
+        )
+
+
+def predict_crystals(
+    runs: list[Path], crystals: list[Path], room: Path, threads: int
+) -> tuple[pd.DataFrame, int]:
+    """A row a crystal, and the number of those that have none; `room` is a folder for temporary files."""
+    record, config = read_run(runs[0]), read_config(runs[0])
+    results, target = runs[0].resolve().parents[3], TARGETS[record["target"]]
+    encoder = run_encoder(record, results)
+    with tempfile.TemporaryDirectory(dir=room, prefix=".predict") as temporary:
         folder = Path(temporary)
         materials = folder / "materials.parquet"
         sources, failures = write_materials(crystals, materials)
@@ -68,42 +100,73 @@ def predict(
             "id": names["material_id"],
             "source": [sources[row] for row in found],
             "formula": names["formula"],
-            f"{target.name} ({target.unit})": predicted.mean(axis=0),
-            f"std over seeds ({target.unit})": predicted.std(axis=0, ddof=1) if len(runs) > 1 else np.nan,
-            **{f"seed {run.name} ({target.unit})": p for run, p in zip(runs, predicted, strict=True)},
+            **columns(target.name, target.unit, runs, predicted),
         }
     )
-    with atomic_path(output) as partial:
-        if output.suffix == ".parquet":
-            table.to_parquet(partial, index=False)
+    return table, failures + len(sources) - len(table)
+
+
+def predict_formulas(runs: list[Path], given: list[Path]) -> tuple[pd.DataFrame, int]:
+    """A row a formula, and the number of those that have none.
+
+    Raises:
+        InputError: the model keeps no weights.
+    """
+    from castbench.compositions.formulas import encode_formulas  # element tables: only formulas need them
+    from castbench.compositions.screen import Ensemble
+
+    record, config = read_run(runs[0]), read_config(runs[0])
+    if record["model"] not in COMPOSITION_REGISTRY:
+        raise InputError(f"{runs[0]}: {record['model']} keeps no weights; give the runs of a network")
+    fabric = open_session(usable(config["training"]), config["training"]["threads"])
+    seeds = [int(run.name) for run in runs]
+    ensemble = Ensemble(config | {"model": record["model"]}, runs[0].parent, seeds, fabric.device)
+    names, encoded, failures = [], [], 0
+    for name, formula in read_formulas(given):
+        try:
+            if isinstance(formula, RecordError):
+                raise formula
+            encoded.append(encode_formulas([formula], config["max_elements"]))
+            names.append((name, str(formula)))
+        except RecordError as error:
+            log.error("%s: %s; no prediction", name, error)
+            failures += 1
+    if not encoded:
+        raise InputError(f"none of the {failures} formulas can be read; the lines above say why")
+    numbers, fractions = (np.concatenate(part) for part in zip(*encoded, strict=True))
+    table: dict[str, Any] = {"source": [n for n, _ in names], "formula": [formula for _, formula in names]}
+    for target, predicted in ensemble.predict(numbers, fractions).items():
+        if target in CLASS_TARGETS:
+            table |= columns(f"P({CLASS_TARGETS[target].positive})", "", runs, predicted)
         else:
-            table.to_csv(partial, index=False, lineterminator="\n")
-    for _, _, formula, mean, std, *_ in table.head(SHOWN).itertuples(index=False, name=None):
-        spread = f" +- {std:.4g} over {len(runs)} seeds" if len(runs) > 1 else ""
-        log.info("%s: %s %.4g %s%s", formula, target.name, mean, target.unit, spread)
-    log.info("%d crystals in %s", len(table), output)
-    failures += len(sources) - len(table)
-    if failures:
-        raise InputError(
-            f"{failures} of {len(table) + failures} crystals have no prediction; the lines above say why, "
-            f"and {output} has the others"
-        )
+            table |= columns(target, TARGETS[target].unit, runs, predicted)
+    return pd.DataFrame(table), failures
+
+
+def columns(name: str, unit: str, runs: list[Path], predicted: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean over seeds, sample standard deviation, and the predictions (runs, n), by name with unit."""
+    unit = f" ({unit})" if unit else ""
+    spread = predicted.std(axis=0, ddof=1) if len(runs) > 1 else np.full(predicted.shape[1], np.nan)
+    return {
+        f"{name}{unit}": predicted.mean(axis=0),
+        f"{name} std over seeds{unit}": spread,
+        **{f"{name} seed {run.name}{unit}": values for run, values in zip(runs, predicted, strict=True)},
+    }
 
 
 def finished_runs(run: Path) -> list[Path]:
     """The run itself, or the finished ones of a model's folder; the others cost a line in the log.
 
     Raises:
-        InputError: there is none, or it predicts no property of crystals.
+        InputError: there is none, or it predicts no property.
     """
     alone = (run / "metrics.json").exists()
     seeds = [run] if alone else sorted(run.glob("[0-9]*"), key=lambda folder: int(folder.name))
     finished = []
     for folder in seeds:
         record = read_run(folder)
-        if "target" not in record and record["status"] != "missing":
-            what = "is a pretraining" if "objective" in record else "reads formulas; use screen_compositions"
-            raise InputError(f"{folder}: {what}; {WANTED}")
+        if "objective" in record:
+            raise InputError(f"{folder}: is a pretraining, which predicts no property; {WANTED}")
         if record["status"] == "finished":
             finished.append(folder)
         else:
@@ -117,10 +180,7 @@ def predict_runs(
     runs: list[Path], config: dict[str, Any], folder: Path, results: Path, encoder: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (n,) of the crystals in the caches that have a graph, and predictions (runs, n) in unit."""
-    training = config["training"] | ONE_DEVICE
-    if training["device"] == "cuda" and not torch.cuda.is_available():
-        log.warning("the run had a GPU, and there is none here; predictions may differ in their last digits")
-        training["device"] = "cpu"
+    training = usable(config["training"])
     fabric = open_session(training, training["threads"])
     crystals: Crystals | None = None
     predicted = []
@@ -140,3 +200,11 @@ def predict_runs(
         task = TARGETS[record["target"]].task
         predicted.append(in_unit(outputs, task, record["target_mean"], record["target_std"]))
     return rows.numpy(), np.stack(predicted)
+
+
+def usable(training: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training, for one device that is here."""
+    if training["device"] == "cuda" and not torch.cuda.is_available():
+        log.warning("the run had a GPU, and there is none here; predictions may differ in their last digits")
+        return training | ONE_DEVICE | {"device": "cpu"}
+    return training | ONE_DEVICE

@@ -183,10 +183,12 @@ def use(record: dict[str, Any]) -> str:
     if "objective" in record:
         return "The rule `train_model` starts from them; they predict no property."
     if is_composition(record):
-        return "The rule `screen_compositions` predicts gap and stability of formulas with them."
+        given, whose = "CaTiO3 CsSnI3 ...", "ABX3 formulas"
+    else:
+        given, whose = "crystal.cif ...", "ordered inorganic crystals"
     return (
-        "For ordered inorganic crystals like those of the data set, in the project's folder:\n\n"
-        "```console\npython -m castbench predict THIS_FOLDER crystal.cif ...\n```\n\n"
+        f"For {whose} like those of the data set, in the project's folder:\n\n"
+        f"```console\npython -m castbench predict THIS_FOLDER {given}\n```\n\n"
         "The folder above this one predicts with all seeds."
     )
 

@@ -20,7 +20,9 @@ from castbench.materials.splits import write_split
 from castbench.provenance import write_json
 from castbench.text.encoders import prefetch_encoder
 from castbench.text.states import embed_text
+from castbench.training.compositions import train_compositions
 from castbench.training.train import train_model
+from composition_data import aggregated, composition_settings, rows, split
 from small_study import ARCHITECTURE, write_encoder
 
 MODELS = {"structure_only": [0, 1, 2], "cast_scratch": [0], "text_only": [0]}
@@ -106,8 +108,8 @@ def test_a_runs_own_test_crystals_get_its_own_bits(study, tmp_path, model):
     found = pd.read_csv(output, float_precision="round_trip")
     assert found["id"].tolist() == own["material_id"].tolist()
     np.testing.assert_array_equal(found[UNIT], own["y_pred"])
-    np.testing.assert_array_equal(found["seed 0 (eV/atom)"], own["y_pred"])
-    assert found["std over seeds (eV/atom)"].isna().all()
+    np.testing.assert_array_equal(found["total_energy seed 0 (eV/atom)"], own["y_pred"])
+    assert found["total_energy std over seeds (eV/atom)"].isna().all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.csv", "test.parquet"]
 
 
@@ -132,15 +134,15 @@ def test_a_models_folder_predicts_with_all_seeds(study, tmp_path, caplog):
         predict(model, [rows], output=tmp_path / "found.parquet")
     found = pd.read_parquet(tmp_path / "found.parquet")
     own = np.stack([truth(study, "structure_only", seed)["y_pred"] for seed in (0, 1, 2)])
-    np.testing.assert_array_equal(found[[f"seed {seed} (eV/atom)" for seed in (0, 1, 2)]].T, own)
+    np.testing.assert_array_equal(found[[f"total_energy seed {seed} (eV/atom)" for seed in (0, 1, 2)]].T, own)
     np.testing.assert_array_equal(found[UNIT], own.mean(axis=0))
-    np.testing.assert_array_equal(found["std over seeds (eV/atom)"], own.std(axis=0, ddof=1))
-    assert "over 3 seeds" in caplog.text
+    np.testing.assert_array_equal(found["total_energy std over seeds (eV/atom)"], own.std(axis=0, ddof=1))
+    assert "total_energy std over seeds (eV/atom)" in caplog.text
     record = json.loads((model / "1" / "metrics.json").read_text())
     write_json(model / "1" / "metrics.json", record | {"status": "failed", "reason": "loss is not finite"})
     predict(model, [rows], output=tmp_path / "found.parquet")
     found = pd.read_parquet(tmp_path / "found.parquet")
-    assert "seed 1 (eV/atom)" not in found
+    assert "total_energy seed 1 (eV/atom)" not in found
     np.testing.assert_array_equal(found[UNIT], own[[0, 2]].mean(axis=0))
     assert "1: failed, loss is not finite; left out" in caplog.text
 
@@ -176,7 +178,7 @@ def test_what_cannot_be_read_costs_a_line_and_the_rest_goes_on(study, tmp_path, 
     assert len(errors) == 5
     for name, line in zip(names[1:], errors, strict=False):
         assert name in line and line.endswith("; no prediction")
-    assert "4 of 5 crystals have no prediction" in errors[-1] and "has the others" in errors[-1]
+    assert "4 of 5 have no prediction" in errors[-1] and "has the others" in errors[-1]
     assert pd.read_csv(output)["id"].tolist() == ["good"]
 
 
@@ -184,13 +186,14 @@ def test_what_cannot_be_read_costs_a_line_and_the_rest_goes_on(study, tmp_path, 
     ("run", "reason"),
     [
         ("runs/total_energy/cast", "no finished run is here; give results/DATASET/runs/TARGET/MODEL"),
-        ("pretraining", "is a pretraining"),
-        ("formulas", "reads formulas; use screen_compositions"),
+        ("pretraining", "is a pretraining, which predicts no property"),
+        ("forest", "random_forest keeps no weights"),
     ],
 )
 def test_what_predicts_no_crystals_is_said_in_one_line(study, tmp_path, capsys, run, reason):
     write_json(tmp_path / "pretraining" / "0" / "metrics.json", {"status": "finished", "objective": "x"})
-    write_json(tmp_path / "formulas" / "0" / "metrics.json", {"status": "finished", "model": "crabnet"})
+    write_json(tmp_path / "forest" / "0" / "metrics.json", {"status": "finished", "model": "random_forest"})
+    write_json(tmp_path / "forest" / "0" / "config.json", {})
     folder = study / run if run.startswith("runs") else tmp_path / run
     assert main(["predict", str(folder), str(study / "materials.parquet")]) == 2
     assert reason in capsys.readouterr().err.strip().splitlines()[-1]
@@ -199,3 +202,29 @@ def test_what_predicts_no_crystals_is_said_in_one_line(study, tmp_path, capsys, 
 def test_nothing_to_predict_is_an_error(study, tmp_path, capsys):
     assert main(["predict", str(run_of(study, "structure_only")), str(tmp_path / "absent.cif")]) == 2
     assert "none of the 1 crystals can be read" in capsys.readouterr().err
+
+
+def test_formulas_get_the_runs_own_bits_and_bad_ones_a_line(tmp_path, capsys):
+    data = aggregated(tmp_path, rows())
+    split(data)
+    runs = tmp_path / "edm_transformer"
+    train_compositions(
+        composition_settings(epochs=2), "edm_transformer", [0, 1], data / "compositions.parquet",
+        data / "split.json", runs, 1,
+    )  # fmt: skip
+    own = [pd.read_parquet(runs / seed / "predictions.parquet").query("split == 'test'") for seed in "01"]
+    own[0][["formula"]].to_csv(tmp_path / "test.csv", index=False)
+    predict(runs, [tmp_path / "test.csv"], output=tmp_path / "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    for seed in (0, 1):
+        np.testing.assert_array_equal(found[f"band_gap seed {seed} (eV)"], own[seed]["band_gap_pred"])
+        np.testing.assert_array_equal(found[f"P(stable) seed {seed}"], own[seed]["stability_pred"])
+    np.testing.assert_array_equal(
+        found["band_gap (eV)"], np.mean([frame["band_gap_pred"] for frame in own], axis=0)
+    )
+    output = tmp_path / "two.csv"
+    assert main(["predict", str(runs / "0"), "CaTiO3", "CaXyO3", "CsSnI3", "--output", str(output)]) == 2
+    assert pd.read_csv(output)["formula"].tolist() == ["CaTiO3", "CsSnI3"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 2 and "CaXyO3: element without embedding" in errors[0]
+    assert "1 of 3 have no prediction" in errors[1]
