@@ -160,38 +160,45 @@ def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
     assert files(folder) == expected
 
 
-def test_a_training_out_of_time_is_submitted_again_with_more_and_continues(
-    cluster: slurm.Cluster, tmp_path: Path
-):
-    """Slurm looks at limits twice a minute: of three minutes, the profile's signal comes after 60 to 90 s."""
+@pytest.fixture
+def long_training(cluster: slurm.Cluster, tmp_path: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """A training of many minutes under a limit of three: its folder, and a function that waits."""
     folder = copy(tmp_path / "castbench")
     fill_in(folder, limit=("runtime: 480 * attempt", "runtime: 3 * attempt"))
     (folder / "long.yaml").write_text("models: [structure_only]\ntraining: {epochs: 12000}\n")
-    presets = (*PRESETS, "long.yaml")
-    run = snakemake(
-        folder, *PROFILE, *QUICK, "--", str(RUNS / "structure_only/0/metrics.json"), presets=presets
-    )
+    target, presets = str(RUNS / "structure_only/0/metrics.json"), (*PRESETS, "long.yaml")
+    run = snakemake(folder, *PROFILE, *QUICK, "--", target, presets=presets)
 
     def until(condition: Callable[[], object], what: str) -> None:
         slurm.wait_for(lambda: bool(condition()) or run.poll() is not None, what, 400)
 
-    def limit(job: str) -> str:
-        return cluster.ask("squeue", "-ho", "%l", "-j", job)
+    yield folder, until
+    run.kill()
+    cluster.ask("scancel", "--user=root")
+    print(folder.with_suffix(".out").read_text()[-8000:])
 
-    try:
-        until(lambda: training_jobs(cluster), "a training")
-        job = training_jobs(cluster)["structure_only"]
-        assert limit(job) == "3:00"
-        until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "its time limit")
-        assert list((folder / RUNS / "structure_only/checkpoints/0").glob("*.safetensors"))
-        until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
-        again = training_jobs(cluster)["structure_only"]
-        assert again != job
-        assert limit(again) == "6:00"
-    finally:
-        run.kill()
-        cluster.ask("scancel", "--user=root")
-        print(folder.with_suffix(".out").read_text()[-8000:])
+
+def test_a_training_out_of_time_is_submitted_again_with_more_and_continues(cluster, long_training):
+    """Slurm looks at limits twice a minute: of three minutes, the profile's signal comes after 60 to 90 s."""
+    folder, until = long_training
+    until(lambda: training_jobs(cluster), "a training")
+    job = training_jobs(cluster)["structure_only"]
+    assert cluster.ask("squeue", "-ho", "%l", "-j", job) == "3:00"
+    until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "its time limit")
+    assert list((folder / RUNS / "structure_only/checkpoints/0").glob("*.safetensors"))
+    until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
+    again = training_jobs(cluster)["structure_only"]
+    assert again != job
+    assert cluster.ask("squeue", "-ho", "%l", "-j", again) == "6:00"
+
+
+def test_a_training_that_makes_room_for_an_urgent_job_continues_after_it(cluster, long_training):
+    folder, until = long_training
+    until(lambda: " epoch " in log_of(folder, "structure_only"), "a training")
+    urgent = ("--partition=urgent", f"--gpus={cluster.gpus}", "--output=/dev/null", "--wrap=sleep 5")
+    assert cluster.ask("sbatch", "--parsable", *urgent).isdigit()
+    until(lambda: "stopped by SIGTERM" in log_of(folder, "structure_only"), "the preemption")
+    until(lambda: "continuing after step" in log_of(folder, "structure_only"), "its continuation")
 
 
 CARDS = """
