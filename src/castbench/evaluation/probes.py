@@ -45,8 +45,8 @@ SCHEMA = pa.schema(
     [
         ("seed", pa.int32()),
         ("material_id", pa.string()),
-        # "own", a part with "without" before it, "random for ..." (as many tokens anywhere), "only formula",
-        # "sentences shuffled", "another crystal's", "none"; "delete attended", "delete random",
+        # "own", "without" a part, "random" (as many tokens anywhere), "only formula", "sentences shuffled",
+        # "another crystal's", "none"; "delete attended", "delete random",
         # "delete attributed"; "attention", "attribution" (their shares by part), "rank correlation"
         ("condition", pa.string()),
         ("part", pa.string()),  # of LABELS, where the condition is about one
