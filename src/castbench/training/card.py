@@ -166,7 +166,7 @@ def introduction(record: dict[str, Any], settings: dict[str, Any]) -> str:
         text = f"Weights of {OBJECTIVES[record['objective']]}, on the training crystals of all targets."
     else:
         model = (COMPOSITION_MODELS | MODELS)[record["model"]]
-        text = f"{model.label} ({model.source}) reads {model.inputs.replace('+', 'and')}."
+        text = f"{model.label} ({model.source}). Input: {model.inputs}."
     if record.get("text_encoder"):
         encoder = record["text_encoder"]
         text += f" Text encoder: {encoder['id']} ({encoder['revision']}), {record.get('text', 'frozen')}."
@@ -188,7 +188,7 @@ def use(record: dict[str, Any]) -> str:
         given, whose = "crystal.cif ...", "ordered inorganic crystals"
     return (
         f"For {whose} like those of the data set, in the project's folder:\n\n"
-        f"```console\npython -m castbench predict THIS_FOLDER {given}\n```\n\n"
+        f"```console\nPYTHONPATH=src python -m castbench predict THIS_FOLDER {given}\n```\n\n"
         "The folder above this one predicts with all seeds."
     )
 
