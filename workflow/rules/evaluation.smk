@@ -30,7 +30,9 @@ rule extract_attention:
     resources:
         gpu=GPUS,
     params:
-        settings=settings("attention.target", "attention.material"),
+        settings=settings(
+            "attention.target", "attention.material", "structure_encoder"
+        ),
         states=lambda wildcards: states_option("cast", wildcards),
         seed=config["training"]["seeds"][0],
         encoder=ENCODER,
@@ -166,6 +168,7 @@ rule aggregate_runs:
             "targets",
             "models",
             "training.seeds",
+            "structure_encoder",
             "text_encoder",
         ),
     shell:
