@@ -12,7 +12,18 @@ SERVER.set_forkserver_preload(
     [f"castbench.training.{verb}" for verb in ("train", "pretrain")]
     + [
         f"castbench.models.{module}"
-        for module in ("cogn", "structure", "concat", "contrastive", "cross_attention", "text")
+        for module in (
+            "cogn",
+            "structure",
+            "congn",
+            "alignn",
+            "cgcnn",
+            "megnet",
+            "concat",
+            "contrastive",
+            "cross_attention",
+            "text",
+        )
     ]
     + ["castbench.cli", "castbench.text.encoders", "peft", "torch._dynamo"]
 )
