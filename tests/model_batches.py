@@ -2,11 +2,25 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from castbench.config import STRUCTURE_ENCODERS
+from castbench.graphs.kinds import KINDS, structure_graph
+from castbench.graphs.neighbours import unit_of
+from castbench.graphs.reciprocal import every_atom
 from castbench.models.batch import Batch
 
 EDGE_PARTS = ("distances", "edge_multiplicities", "vectors", "edge_reverse", "ridge_areas")
+
+SYMPREC = 1e-4
+SMALL_ENCODERS = {
+    "cogn": {"width": 16, "depth": 3},
+    "congn": {"width": 16, "depth": 2},
+    "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
+    "cgcnn": {"width": 16, "layers": 3, "hidden": 16},
+    "megnet": {"width": 16, "hidden": 16, "blocks": 3, "vector": 8, "passes": 3},
+}
 
 
 def join(crystals):
@@ -60,3 +74,31 @@ def batch_of(graph):
             arrays[name] = torch.from_numpy(array).long() if name in whole else torch.from_numpy(array)
     numbers = torch.from_numpy(graph.atomic_numbers).long()
     return Batch(1, numbers, node_offsets=torch.tensor([0, len(numbers)]), **arrays)
+
+
+def settings_of(name):
+    """Settings of the graphs that an encoder reads, as published."""
+    return {"structure_encoder": name, "symprec": SYMPREC, "neighbours": STRUCTURE_ENCODERS[name]}
+
+
+def graph_batch(name, structure):
+    """The graph of a crystal for an encoder, in double precision."""
+    numbers = np.array(structure.atomic_numbers)
+    graph = structure_graph(structure.lattice.matrix, structure.frac_coords, numbers, settings_of(name))
+    return doubled(batch_of(graph))
+
+
+def doubled(batch):
+    """The batch in double precision."""
+    parts = ("multiplicities", "distances", "edge_multiplicities", "vectors", "ridge_areas")
+    kept = {part: value.double() for part in parts if (value := getattr(batch, part)) is not None}
+    return replace(batch, **kept)
+
+
+def cell_batch(name, structure):
+    """The graph in which every atom of the conventional cell is a node by itself."""
+    numbers = np.array(structure.atomic_numbers)
+    unit = unit_of(structure.lattice.matrix, structure.frac_coords, numbers, SYMPREC)
+    graph = KINDS[name].build(every_atom(unit), settings_of(name))
+    graph = replace(graph, multiplicities=graph.multiplicities / np.float32(unit.centring))
+    return doubled(batch_of(graph))

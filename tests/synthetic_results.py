@@ -17,6 +17,7 @@ SETTINGS = {
     "targets": ["total_energy", "band_gap", "log_shear_modulus"],
     "models": list(MODEL_ORDER),
     "seeds": [0, 1],
+    "structure_encoder": "cogn",
     "text_encoder": "minilm",
 }
 SPACEGROUPS = [225, 216, 221, 186, 136, 194, 62, 12, 2, 166]

@@ -15,8 +15,9 @@ from unittest import mock
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [f"castbench.training.{verb}" for verb in ("train", "pretrain", "compositions")]
-    + [f"castbench.models.{idea}" for idea in ("cogn", "concat", "contrastive", "cross_attention", "text")]
-    + [f"castbench.models.{idea}" for idea in ("crabnet", "edm_transformer", "structure")]
+    + [f"castbench.models.{idea}" for idea in ("cogn", "congn", "alignn", "cgcnn", "megnet", "structure")]
+    + [f"castbench.models.{idea}" for idea in ("concat", "contrastive", "cross_attention", "text")]
+    + [f"castbench.models.{idea}" for idea in ("crabnet", "edm_transformer")]
     + ["castbench.cli", "castbench.text.encoders", "peft", "torch._dynamo"]
 )
 KILLS, KILLED = 10, -signal.SIGKILL

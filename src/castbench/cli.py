@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from castbench.errors import InputError
+from castbench.labels import name_structure_encoder
 
 # verb: module:function, in the order of the data flow. Modules are imported when their verb runs.
 VERBS = {
@@ -147,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     assert function is not None
     parameters = inspect.signature(function).parameters.values()
     unnamed = [given.pop(p.name) for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+    if "structure_encoder" in (given.get("settings") or {}):
+        name_structure_encoder(given["settings"]["structure_encoder"])
     try:
         function(*unnamed, **given)
     except InputError as error:

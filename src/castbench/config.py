@@ -285,5 +285,6 @@ def composition_summary(config: Config) -> Config:
     section = config["compositions"]
     found = {key: section[key] for key in ("models", "regression", "classification", "structures")}
     found |= {"dataset": config["dataset"], "source": config["materials"]["source"]}
+    found |= {"structure_encoder": config["structure_encoder"]}
     found |= {"seeds": config["training"]["seeds"], "targets": config["targets"]}
     return found | {"structure_models": config["models"] if section["structures"] else []}

@@ -107,6 +107,14 @@ MODELS = {
     )
 }
 MODEL_ORDER = tuple(MODELS)
+# structure encoder: (label, source)
+STRUCTURE_ENCODERS = {
+    "cogn": ("coGN", "Ruff et al. 2024"),
+    "congn": ("coNGN", "Ruff et al. 2024"),
+    "alignn": ("ALIGNN", "Choudhary and DeCost 2021"),
+    "cgcnn": ("CGCNN", "Xie and Grossman 2018"),
+    "megnet": ("MEGNet", "Chen et al. 2019"),
+}
 
 
 # --- compositions ---------------------------------------------------------------------------------
@@ -147,3 +155,10 @@ COMPOSITION_MODELS = {
     )
 }
 COMPOSITION_ORDER = tuple(COMPOSITION_MODELS)
+
+
+def name_structure_encoder(encoder: str) -> None:
+    """Show the model structure_only under the name of its encoder, from now on in this process."""
+    label, source = STRUCTURE_ENCODERS[encoder]
+    MODELS["structure_only"] = replace(MODELS["structure_only"], label=label, source=source)
+    COMPOSITION_MODELS["structure_only"] = MODELS["structure_only"]

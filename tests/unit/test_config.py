@@ -120,6 +120,7 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"architecture": {"cogn": {"width": 64}}}, "cogn.width"),
         ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
         ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
+        ({"structure_encoder": "megnet", "graphs": {"neighbours": 12}}, "graphs.neighbours"),
         ({"materials": {"snapshot": "a.jsonl.zst"}}, "materials.snapshot"),
         ({"materials": {"source": "local", "database_version": "2025.09.25"}}, "materials.database_version"),
         ({"materials": {"source": "materials_project", "columns": {"text": "t"}}}, "materials.columns"),
@@ -128,6 +129,25 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
 def test_contradictions_are_named(config: dict, change: dict, named: str):
     with pytest.raises(InputError, match=re.escape(named)):
         meaning.check(merged(config, change))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "chosen", "neighbours"), [("cogn", None, 24), ("cgcnn", None, 12), ("alignn", 16, 16)]
+)
+def test_graphs_are_as_published_unless_it_is_said(config: dict, encoder: str, chosen: int, neighbours: int):
+    changed = merged(config, {"structure_encoder": encoder, "graphs": {"neighbours": chosen}})
+    meaning.check(changed)
+    expected = {"structure_encoder": encoder, "symprec": 1e-4, "neighbours": neighbours}
+    assert meaning.graph_settings(changed) == expected
+    assert meaning.architecture("crysmmnet_frozen", changed).keys() == {encoder, "concat"}
+
+
+def test_structure_encoders_have_the_same_names_everywhere(schema: dict, config: dict):
+    from castbench.labels import STRUCTURE_ENCODERS
+
+    names = schema["properties"]["structure_encoder"]["enum"]
+    assert names == list(STRUCTURE_ENCODERS) == list(meaning.STRUCTURE_ENCODERS)
+    assert set(names) <= config["architecture"].keys()
 
 
 def test_names_agree_everywhere(schema: dict):

@@ -30,7 +30,9 @@ rule extract_attention:
     resources:
         gpu=GPUS,
     params:
-        settings=settings("attention.target", "attention.material"),
+        settings=settings(
+            "attention.target", "attention.material", "structure_encoder"
+        ),
         states=lambda wildcards: states_option("cast", wildcards),
         seeds=config["training"]["seeds"],
         encoder=ENCODER,
@@ -172,6 +174,7 @@ rule aggregate_runs:
             "targets",
             "models",
             "training.seeds",
+            "structure_encoder",
             "text_encoder",
         ),
     shell:

@@ -72,7 +72,12 @@ rule plot_results:
         "../../envs/report.yaml"
     params:
         settings=settings(
-            "dataset", "materials.source", "targets", "models", "training.seeds"
+            "dataset",
+            "materials.source",
+            "targets",
+            "models",
+            "structure_encoder",
+            "training.seeds",
         ),
     shell:
         "python -m castbench plot_results --settings {params.settings:q} --results results/{wildcards.dataset}"
@@ -127,7 +132,9 @@ rule plot_evidence:
     conda:
         "../../envs/report.yaml"
     params:
-        settings=settings("dataset", "materials.source", "models"),
+        settings=settings(
+            "dataset", "materials.source", "models", "structure_encoder"
+        ),
     shell:
         "python -m castbench plot_evidence --settings {params.settings:q} --results results/{wildcards.dataset}"
         " --output results/{wildcards.dataset}/figures --log {log}"

@@ -118,8 +118,9 @@ def run_row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_paper_setting(settings: dict[str, Any]) -> bool:
-    """Whether data source and text encoder are the paper's, so that its numbers can be compared with ours."""
-    return settings["source"] == "materials_project" and "matscibert" in settings["text_encoder"].lower()
+    """Whether data source and encoders are the paper's, so that its numbers can be compared with ours."""
+    encoders = settings["structure_encoder"] == "cogn" and "matscibert" in settings["text_encoder"].lower()
+    return encoders and settings["source"] == "materials_project"
 
 
 def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from torch import Tensor
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_errors
 from castbench.evaluation.trained import choose_device, load_run, read_run
+from castbench.labels import MODELS as LABELLED
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
@@ -271,12 +272,13 @@ def pick(facts: pd.DataFrame, material: str | None) -> list[dict[str, Any]]:
     """
     gain = facts["structure_only"] - facts["cast"]
     length = "most truncated text" if facts["cut"].any() else "longest text"
+    structure = LABELLED["structure_only"].label
     lines = [
         ("most nodes", facts["nodes"] + facts["elements"] / 1000),
         ("largest error of CAST", facts["cast"]),
         ("smallest error of CAST", -facts["cast"]),
-        ("CAST better than coGN by most", gain),
-        ("CAST worse than coGN by most", -gain),
+        (f"CAST better than {structure} by most", gain),
+        (f"CAST worse than {structure} by most", -gain),
         ("pretraining changes the error most", (facts["cast"] - facts["cast_scratch"]).abs()),
         (length, facts["tokens"]),
         ("shortest text", -facts["tokens"]),

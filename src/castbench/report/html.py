@@ -160,6 +160,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "paper_compared": is_paper_setting(settings),
         "file": ", ".join(Path(file["path"]).name for file in materials["files"]),
         "targets": [TARGETS[target] for target in targets],
+        "structure_encoder": MODELS["structure_only"].label,
         "models": [MODELS[model] for model in ordered_models(settings)],
         "headers": [tables.header(cells, target) for target in targets],
         "table1": table1_rows(cells),

@@ -12,15 +12,12 @@ import yaml
 from pymatgen.core import Lattice, Structure
 
 from castbench.config import STRUCTURE_ENCODERS
-from castbench.graphs.kinds import KINDS, structure_graph
-from castbench.graphs.neighbours import unit_of
-from castbench.graphs.reciprocal import every_atom
+from castbench.graphs.kinds import KINDS
 from castbench.models.elements import N_ELEMENTS, element_categories
 from castbench.models.structure import ENCODERS, StructureOnly, WeightedBatchNorm, edges_into
 from crystals import prototypes, varied_crystals
-from model_batches import batch_of, join
+from model_batches import SMALL_ENCODERS, cell_batch, graph_batch, join
 
-SYMPREC = 1e-4
 PUBLISHED = {  # sizes, parameters
     "cogn": ({"width": 128, "depth": 5}, 697_601),
     "congn": ({"width": 160, "depth": 5}, 2_799_201),
@@ -29,18 +26,7 @@ PUBLISHED = {  # sizes, parameters
     # Of 95 elements; here 119 rows of 16.
     "megnet": ({"width": 32, "hidden": 64, "blocks": 3, "vector": 16, "passes": 3}, 167_761 + 24 * 16),
 }
-SMALL = {
-    "cogn": {"width": 16, "depth": 3},
-    "congn": {"width": 16, "depth": 2},
-    "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
-    "cgcnn": {"width": 16, "layers": 3, "hidden": 16},
-    "megnet": {"width": 16, "hidden": 16, "blocks": 3, "vector": 8, "passes": 3},
-}
 each_encoder = pytest.mark.parametrize("name", ENCODERS)
-
-
-def settings_of(name):
-    return {"structure_encoder": name, "symprec": SYMPREC, "neighbours": STRUCTURE_ENCODERS[name]}
 
 
 @functools.cache
@@ -50,31 +36,10 @@ def small(name):
     In double precision: rounding is not what these tests are about.
     """
     torch.manual_seed(0)
-    model = StructureOnly({name: SMALL[name]}).double()
+    model = StructureOnly({name: SMALL_ENCODERS[name]}).double()
     with torch.no_grad():
         model.train()(join([graph_batch(name, structure) for structure in prototypes().values()]))
     return model.eval()
-
-
-def graph_batch(name, structure):
-    numbers = np.array(structure.atomic_numbers)
-    graph = structure_graph(structure.lattice.matrix, structure.frac_coords, numbers, settings_of(name))
-    return doubled(batch_of(graph))
-
-
-def doubled(batch):
-    parts = ("multiplicities", "distances", "edge_multiplicities", "vectors", "ridge_areas")
-    kept = {part: value.double() for part in parts if (value := getattr(batch, part)) is not None}
-    return replace(batch, **kept)
-
-
-def cell_batch(name, structure):
-    """The graph in which every atom of the conventional cell is a node by itself."""
-    numbers = np.array(structure.atomic_numbers)
-    unit = unit_of(structure.lattice.matrix, structure.frac_coords, numbers, SYMPREC)
-    graph = KINDS[name].build(every_atom(unit), settings_of(name))
-    graph = replace(graph, multiplicities=graph.multiplicities / np.float32(unit.centring))
-    return doubled(batch_of(graph))
 
 
 def test_encoders_have_the_same_names_everywhere():
@@ -104,7 +69,7 @@ def test_batch_normalisation_counts_the_atoms_of_the_whole_cells(name):
     outputs, statistics = [], []
     for batch_for in (graph_batch, cell_batch):
         torch.manual_seed(1)
-        model = StructureOnly({name: SMALL[name]}).double().train()
+        model = StructureOnly({name: SMALL_ENCODERS[name]}).double().train()
         outputs.append(model(join([batch_for(name, structure) for structure in varied_crystals()])))
         statistics.append({key: buffer for key, buffer in model.named_buffers() if "running" in key})
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
@@ -153,7 +118,7 @@ def test_hidden_nodes_show_nothing_of_their_element(name, training):
     batch = join([graph_batch(name, structure) for structure in prototypes().values()])
     batch.masked_nodes = torch.arange(len(batch.atomic_numbers)) % 2 == 0
     torch.manual_seed(0)
-    encoder = StructureOnly({name: SMALL[name]}).double().structure.train(training)
+    encoder = StructureOnly({name: SMALL_ENCODERS[name]}).double().structure.train(training)
     hidden = torch.randn(encoder.width, dtype=torch.double)
     with torch.no_grad():
         before = encoder.nodes(batch, hidden)

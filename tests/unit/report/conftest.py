@@ -95,8 +95,8 @@ def settings():
 @pytest.fixture(scope="session")
 def config(settings):
     """The part of a configuration that the report reads."""
-    keys = ("dataset", "targets", "models", "text_encoder")
-    config = {key: settings[key] for key in keys} | {"structure_encoder": "cogn"}
+    keys = ("dataset", "targets", "models", "structure_encoder", "text_encoder")
+    config = {key: settings[key] for key in keys}
     return config | {
         "materials": {"source": "demo", "path": "somewhere/crystals.jsonl.zst"},
         "training": {"seeds": settings["seeds"]},

@@ -224,7 +224,9 @@ def test_a_report_without_attention(results, config, tmp_path):
     ],
 )
 def test_badge(source, encoder, badge):
-    assert kind_of_run({"source": source, "text_encoder": encoder})["badge"] == badge
+    settings = {"source": source, "structure_encoder": "cogn", "text_encoder": encoder}
+    assert kind_of_run(settings)["badge"] == badge
+    assert kind_of_run(settings | {"structure_encoder": "alignn"})["badge"] != "paper"
 
 
 def test_deviations_are_complete(root):

@@ -3,11 +3,13 @@ import pytest
 import torch
 
 from castbench.errors import InputError
-from castbench.graphs.packed import PackedGraphs
+from castbench.graphs.kinds import KINDS, structure_graph
+from castbench.graphs.packed import PackedGraphs, PackedWriter
 from castbench.models import build_model
 from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
 from castbench.training.dataset import Crystals, Ragged
+from crystals import prototypes
 
 CPU = torch.device("cpu")
 
@@ -112,3 +114,35 @@ def test_equal_texts_have_one_id_in_models_that_encode_them(data, crystals_of):
     ids = crystals_of("text_only").batch(rows).text_ids.tolist()
     assert ids[0] == ids[2] != ids[1] and np.array_equal(tokens[ids[0]], tokens[3])
     assert crystals_of("cast").batch(rows).text_ids is None
+
+
+@pytest.fixture
+def with_alignn(data, tmp_path):
+    """A network on ALIGNN, and the caches of a few real graphs for it."""
+    ids = [f"m-{i}" for i in range(3)]
+    settings = {"structure_encoder": "alignn", "neighbours": 12, "symprec": 1e-4}
+    with PackedWriter(tmp_path, settings, "0", KINDS["alignn"].arrays) as writer:
+        graphs = [
+            structure_graph(s.lattice.matrix, s.frac_coords, np.array(s.atomic_numbers), settings)
+            for s in list(prototypes().values())[-3:]
+        ]
+        writer.append(ids, graphs)
+    sizes = {"width": 8, "embedding": 8, "alignn_layers": 1, "gcn_layers": 1}
+    return build_model("structure_only", {"alignn": sizes}, None), tmp_path, graphs
+
+
+def test_edges_of_a_batch_are_numbered_through(with_alignn):
+    network, folder, graphs = with_alignn
+    batch = Crystals(network, folder, folder, None, CPU).batch(torch.tensor([2, 0]))
+    n = len(graphs[2].distances)
+    assert batch.edge_reverse[:n].tolist() == graphs[2].edge_reverse.tolist()
+    assert (batch.edge_reverse[n:] - n).tolist() == graphs[0].edge_reverse.tolist()
+    assert batch.vectors.tolist() == [*graphs[2].vectors.tolist(), *graphs[0].vectors.tolist()]
+    assert batch.ridge_areas is None
+    assert torch.equal(batch.edge_source[batch.edge_reverse], batch.edge_target)
+
+
+def test_graphs_of_another_encoder_are_refused(data, with_alignn):
+    network, _, _ = with_alignn
+    with pytest.raises(InputError, match="graphs for cogn, and the model reads those for alignn; build"):
+        Crystals(network, data.root / "graphs", data.root / "tokens", None, CPU)
