@@ -1,4 +1,4 @@
-"""Which GPU a job takes: where it sees several, one that no other job on the machine holds.
+"""Which GPUs a job takes: where it sees several, those that no other job on the machine holds.
 
 Snakemake counts cards (the resource `gpu`) but does not say which: all jobs would take the first. A cluster's
 scheduler shows a job its own card alone, and then there is nothing to choose.
@@ -14,29 +14,45 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CHOSEN = "CASTBENCH_CARDS"  # what a process has taken, for those that it starts
 POLL = 2.0  # seconds between two looks at cards that are all taken
 _held: list[int] = []  # open lock files: the kernel unlocks them when the process ends, however it does
 
 
-def take_card(device: str) -> None:
-    """Make one free card the only visible one until the process ends; call it before CUDA is used.
+def take_cards(device: str, n: int = 1) -> None:
+    """Make `n` free cards the only visible ones until the process ends; call it before CUDA is used.
 
-    Waits while other jobs hold all cards.
+    Waits while other jobs hold too many. Processes that this one starts share its cards.
 
     Args:
         device: cpu (nothing happens), cuda or auto.
+        n: of cards.
     """
     cards = visible_cards() if device != "cpu" else []
-    if len(cards) < 2:
+    if len(cards) < 2 or os.environ.get(CHOSEN) == ",".join(cards):
         return
     waiting = False
-    while (card := next((card for card in cards if lock(card)), None)) is None:
+    while len(taken := take(cards, n)) < min(n, len(cards)):
         if not waiting:
-            log.warning("all %d cards are held by other jobs; waiting for one", len(cards))
+            log.warning("of %d cards, other jobs hold all or all but %d; waiting", len(cards), n - 1)
         waiting = True
         time.sleep(POLL)
-    log.info("card %s of %s", card, ", ".join(cards))
-    os.environ[VISIBLE] = card
+    log.info("card %s of %s", ", ".join(taken), ", ".join(cards))
+    os.environ[VISIBLE] = os.environ[CHOSEN] = ",".join(taken)
+
+
+def take(cards: list[str], n: int) -> list[str]:
+    """Hold the first `n` free cards, or none where there are fewer."""
+    held: dict[str, int] = {}
+    for card in cards:
+        if len(held) < n and (handle := lock(card)) is not None:
+            held[card] = handle
+    if len(held) < min(n, len(cards)):
+        for handle in held.values():
+            os.close(handle)
+        return []
+    _held.extend(held.values())
+    return list(held)
 
 
 def visible_cards() -> list[str]:
@@ -49,8 +65,8 @@ def visible_cards() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]  # asks the driver, wakes no card
 
 
-def lock(card: str) -> bool:
-    """Hold the lock file of a card if no process does."""
+def lock(card: str) -> int | None:
+    """Open handle of a card's lock file, held until it is closed; None where another process holds it."""
     file = Path(tempfile.gettempdir()) / f"castbench-card-{card}.lock"
     try:
         handle = os.open(file, os.O_RDONLY | os.O_CREAT, 0o644)
@@ -60,6 +76,5 @@ def lock(card: str) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        return False
-    _held.append(handle)
-    return True
+        return None
+    return handle

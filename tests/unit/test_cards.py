@@ -14,7 +14,7 @@ JOB = """
 import os, sys, time
 from castbench import cards
 cards.POLL = 0.05
-cards.take_card("cuda")
+cards.take_cards("cuda", int(sys.argv[1]))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()
 """
@@ -23,7 +23,7 @@ sys.stdin.read()
 class Job:
     """A process that takes a card and holds it until it is ended."""
 
-    def __init__(self, folder: Path, visible: str):
+    def __init__(self, folder: Path, visible: str, n: int = 1):
         environment = {
             **os.environ,
             "TMPDIR": str(folder),
@@ -31,7 +31,7 @@ class Job:
             "CUDA_VISIBLE_DEVICES": visible,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", JOB], env=environment, text=True,
+            [sys.executable, "-c", JOB, str(n)], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -57,13 +57,33 @@ def test_every_job_has_a_card_of_its_own_and_waits_where_there_is_none(tmp_path:
     taken["0"].end()
 
 
+def test_a_job_with_several_cards_takes_all_at_once_or_none(tmp_path: Path):
+    one = Job(tmp_path, "0,1,2")
+    assert one.card() == "0"
+    three = Job(tmp_path, "0,1,2", n=3)
+    two = Job(tmp_path, "0,1,2", n=2)
+    assert two.card() == "1,2"  # the one that waits for three holds none
+    one.end()
+    two.end()
+    assert three.card() == "0,1,2"
+    three.end()
+
+
+def test_processes_that_a_job_starts_share_its_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CASTBENCH_CARDS", "0,1")
+    child = Job(tmp_path, "0,1", n=2)
+    assert child.card() == "0,1"
+    assert not list(tmp_path.iterdir())
+    child.end()
+
+
 @pytest.mark.parametrize(("visible", "device"), [("3", "cuda"), ("", "auto"), ("0,1", "cpu")])
 def test_one_card_none_or_a_cpu_job_leaves_nothing_to_choose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, device: str
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    cards.take_card(device)
+    cards.take_cards(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
     assert not list(tmp_path.iterdir())
 

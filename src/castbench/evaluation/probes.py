@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from castbench.cards import take_cards
 from castbench.evaluation.attention import check_tokens, read_texts
 from castbench.evaluation.trained import load_run, read_run
 from castbench.labels import TARGETS
@@ -84,6 +85,7 @@ def probe_text(
         output: Parquet file, see `SCHEMA`; without rows where the run did not finish.
         device: cpu, cuda or auto.
     """
+    take_cards(device)
     record = read_run(run)
     with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
         if record["status"] != "finished":

@@ -69,14 +69,14 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     """
     import torch
 
-    from castbench.cards import take_card
+    from castbench.cards import take_cards
     from castbench.text.encoders import LayeredEncoder
 
     packed = PackedTokens.open(tokens)
     checksum = read_encoder(encoder)["checksum"]
     if packed.manifest["encoder"]["checksum"] != checksum:
         raise InputError(f"{tokens}: tokens of another encoder than {encoder}; run tokenize_text again")
-    take_card(device)
+    take_cards(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LayeredEncoder.from_folder(encoder).to(device)

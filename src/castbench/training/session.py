@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from castbench.cards import take_card
+from castbench.cards import take_cards
 from castbench.provenance import hardware, sha256_json
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
     wanted = training["threads"]
     if threads < wanted:
         log.warning("training.threads: %d, but the job has %d cores; it will be slow", wanted, threads)
-    take_card(training["device"])
+    take_cards(training["device"])
     torch.set_num_threads(wanted)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
