@@ -1,7 +1,7 @@
-"""Which GPUs a job takes: where it sees more than it needs, those that no other job on the machine holds.
+"""Which GPUs a job takes: where it sees several, those that no other job on the machine holds.
 
 Snakemake counts cards (the resource `gpu`) but does not say which: all jobs would take the first. A cluster's
-scheduler shows a job its own cards alone, and then there is nothing to choose.
+scheduler shows a job its own card alone, and then there is nothing to choose.
 """
 
 import fcntl
@@ -14,45 +14,45 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CHOSEN = "CASTBENCH_CARDS"  # what a process has taken, for those that it starts
 POLL = 2.0  # seconds between two looks at cards that are all taken
 _held: list[int] = []  # open lock files: the kernel unlocks them when the process ends, however it does
 
 
-def take_cards(device: str, count: int = 1) -> None:
-    """Make free cards the only visible ones until the process ends; call it before CUDA is used.
+def take_cards(device: str, n: int = 1) -> None:
+    """Make `n` free cards the only visible ones until the process ends; call it before CUDA is used.
 
-    Waits while other jobs hold too many. Holds none meanwhile, so that two jobs never wait for one another;
-    the processes that this one starts see its cards and choose no more.
+    Waits while other jobs hold too many. Processes that this one starts share its cards.
 
     Args:
         device: cpu (nothing happens), cuda or auto.
-        count: cards that the job needs.
+        n: of cards.
     """
     cards = visible_cards() if device != "cpu" else []
-    if len(cards) <= count:
+    if len(cards) < 2 or os.environ.get(CHOSEN) == ",".join(cards):
         return
     waiting = False
-    while len(taken := lock_cards(cards, count)) < count:
+    while len(taken := take(cards, n)) < min(n, len(cards)):
         if not waiting:
-            log.warning("%d of %d cards are needed and other jobs hold the rest; waiting", count, len(cards))
+            log.warning("of %d cards, other jobs hold all or all but %d; waiting", len(cards), n - 1)
         waiting = True
         time.sleep(POLL)
     log.info("card %s of %s", ", ".join(taken), ", ".join(cards))
-    os.environ[VISIBLE] = ",".join(taken)
+    os.environ[VISIBLE] = os.environ[CHOSEN] = ",".join(taken)
 
 
-def lock_cards(cards: list[str], count: int) -> list[str]:
-    """`count` of the cards, locked, or none where fewer are free."""
-    found: dict[str, int] = {}
+def take(cards: list[str], n: int) -> list[str]:
+    """Hold the first `n` free cards, or none where there are fewer."""
+    held: dict[str, int] = {}
     for card in cards:
-        if len(found) < count and (handle := lock(card)) is not None:
-            found[card] = handle
-    if len(found) < count:
-        for handle in found.values():
+        if len(held) < n and (handle := lock(card)) is not None:
+            held[card] = handle
+    if len(held) < min(n, len(cards)):
+        for handle in held.values():
             os.close(handle)
         return []
-    _held.extend(found.values())
-    return list(found)
+    _held.extend(held.values())
+    return list(held)
 
 
 def visible_cards() -> list[str]:
@@ -66,7 +66,7 @@ def visible_cards() -> list[str]:
 
 
 def lock(card: str) -> int | None:
-    """The open and locked file of a card; None where another process holds it."""
+    """Open handle of a card's lock file, held until it is closed; None where another process holds it."""
     file = Path(tempfile.gettempdir()) / f"castbench-card-{card}.lock"
     try:
         handle = os.open(file, os.O_RDONLY | os.O_CREAT, 0o644)

@@ -43,12 +43,21 @@ def test_no_two_jobs_on_one_card_without_a_profile(
     assert seen == most
 
 
-def test_every_job_that_uses_a_card_asks_for_one(folder: Path, snakemake):
+@pytest.mark.parametrize(
+    ("preset", "rules"),
+    [
+        ((), {"embed_text", "pretrain_model", "train_model", "extract_attention", "probe_text"}),
+        (("workflow/presets/perovskite.yaml",), {"train_model", "train_compositions", "screen_compositions"}),
+    ],
+)
+def test_every_job_that_uses_a_card_asks_for_one(
+    folder: Path, snakemake, preset: tuple[str, ...], rules: set[str]
+):
     (folder / "gpu.yaml").write_text("training: {device: cuda}")
-    shown = snakemake(folder, "--cores", "8", "-n", "--configfile", "gpu.yaml").stdout
+    shown = snakemake(folder, "--cores", "8", "-n", "--configfile", *preset, "gpu.yaml").stdout
     jobs = re.findall(r"^rule (\w+):\n(.*?)^(?=\S)", shown, re.M | re.S)
     asked = {rule for rule, text in jobs if re.search(r"resources: .*\bgpu=1\b", text)}
-    assert asked >= {"embed_text", "pretrain_model", "train_model"}
+    assert asked >= rules
     assert all("gpu=1" in text for rule, text in jobs if rule in asked)
 
 

@@ -128,7 +128,10 @@ def test_the_cost_of_the_papers_run_is_predicted(finished: Path, snakemake):
     walls = {int(n): wall["hours"] for n, wall in cost["wall"].items()}
     assert walls[1] > walls[8] >= walls[64] > 0
     assert cost["device_hours"] / 64 < walls[64]
-    assert any("text_encoder" in note for note in cost["notes"])
+    assert cost["mean_size"]["band_gap"]["tokens_full"] == 2326.0
+    assert cost["disk_gb"] > 2 * 768 * cost["mean_size"]["total_energy"]["tokens"] * 114398 / 1e9
+    assert any("multiply-adds" in note and "cast " in note for note in cost["notes"])
+    assert any("precision" in note and "not scaled" in note for note in cost["notes"])
 
 
 def test_a_run_folder_holds_few_files(finished: Path):

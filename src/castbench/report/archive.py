@@ -20,7 +20,7 @@ CODE = ("Snakefile", "config.yaml", "pyproject.toml", "requirements.lock", "Make
         "CONTRIBUTING.md", "LICENSE", "envs", "workflow", "src")  # fmt: skip
 # Under the results: what the rules below read or write. Weights, checkpoints and caches are left out.
 RUNS = ("runs/*/*/[0-9]*", "pretrain/*/[0-9]*", "composition_runs/*/[0-9]*")
-RECORDS = ("metrics.json", "cost.json", "config.json", "history.csv", "predictions.parquet")
+RECORDS = ("metrics.json", "cost.json", "config.json", "history.csv", "predictions.parquet", "README.md")
 RESULTS = (
     "report.html", "tables/*", "figures/*", "attention/*", "attention/probes/*", "splits/*.json",
     "materials.parquet", "materials/manifest.json", "funnel.json", "descriptions.json",

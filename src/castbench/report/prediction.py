@@ -148,7 +148,9 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
         InputError: a target of the plan was not measured, so that its number of crystals is not known.
     """
     targets, max_tokens = config["targets"], config["max_tokens"]
-    edges = rates.size.edges / rates.size.nodes * config["graphs"]["neighbours"] / rates.neighbours
+    planned = config["graphs"]["neighbours"]
+    denser = planned / rates.neighbours if planned and rates.neighbours else 1.0
+    edges = denser * rates.size.edges / rates.size.nodes
     if crystals is None and config["materials"]["source"] == "materials_project":
         table = pd.read_csv(RESOURCES / "paper" / "table2.csv")
         rows = table[table["split"] == "train"].set_index("target")
@@ -169,7 +171,7 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
         )
     total = crystals or config["materials"]["sample"] or rates.crystals
     known = crystal_sizes(results)
-    known["n_edges"] *= config["graphs"]["neighbours"] / rates.neighbours
+    known["n_edges"] *= denser
     return Sizes(
         total,
         {t: round(rates.n[t] * total / rates.crystals) for t in targets},
@@ -188,6 +190,12 @@ def planned_disk(config: dict[str, Any], rates: Rates, sizes: Sizes, shape: Enco
     states = len(state_layers(config)) * 2 * shape.width * sizes.all.tokens
     each = rates.node_bytes * sizes.all.nodes + rates.token_bytes * sizes.all.tokens_full + states
     return (each * sizes.crystals + rates.run_bytes * runs) / 1e9
+
+
+def settings_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the plan's runs of a model or an objective, as in their config.json."""
+    settings = meaning.training_settings if name in meaning.MODELS else meaning.pretraining_settings
+    return settings(name, config)
 
 
 def readers(config: dict[str, Any]) -> list[str]:
@@ -249,7 +257,7 @@ def planned_jobs(
 
     def seconds(name: str, crystals: int, size: CrystalSize, section: dict[str, Any]) -> float:
         epochs, batch = section["epochs"], section["batch_size"]
-        work = crystals * step_work(name, config, shape, size)
+        work = crystals * step_work(settings_of(name, config), shape, size)
         return rates.seconds(name, epochs * math.ceil(crystals / batch), epochs * work) / speedup
 
     for name in objectives(config):
@@ -315,8 +323,7 @@ def differences(
     found: dict[str, set[str]] = {}
     growth = {}
     for name in (*config["models"], *objectives(config)):
-        settings = meaning.training_settings if name in meaning.MODELS else meaning.pretraining_settings
-        for key, planned, measured in unequal(settings(name, config), rates.settings[name]):
+        for key, planned, measured in unequal(settings_of(name, config), rates.settings[name]):
             if key.split(".")[-1] not in (*FREE, *SCALED):
                 found.setdefault(f"{key}: planned {planned}, measured {measured}", set()).add(name)
         parts = (
@@ -324,7 +331,9 @@ def differences(
             if name not in meaning.MODELS
             else [(sizes.train[t], sizes.of[t]) for t in sizes.of]
         )
-        work = sum(n * step_work(name, config, shape, size) for n, size in parts) / sum(n for n, _ in parts)
+        work = sum(n * step_work(settings_of(name, config), shape, size) for n, size in parts) / sum(
+            n for n, _ in parts
+        )
         growth[name] = work / rates.done[name]
     notes = [f"{change}, not scaled ({', '.join(sorted(names))})" for change, names in sorted(found.items())]
     notes.append(

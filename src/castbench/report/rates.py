@@ -37,7 +37,7 @@ class Rates:
     node_bytes: float = 0.0  # of materials and graphs, a node
     token_bytes: float = 0.0  # of descriptions and tokens, a token before the cut
     run_bytes: float = 0.0  # of a run folder and its checkpoints
-    neighbours: int = 0
+    neighbours: int | None = None
 
     def seconds(self, name: str, steps: float, work: float) -> float:
         """Time of a run of `name` that takes `steps` steps of `work` multiply-adds together."""
@@ -75,7 +75,7 @@ def measure(results: Path) -> Rates:
         embed=0.0,
         start=0.0,
         start_describe=0.0,
-        neighbours=graphs["settings"]["neighbours"],
+        neighbours=graphs["settings"].get("neighbours"),
     )
     for file in results.glob("text_states/*/cost.json"):
         work = n * embedding_work(int(file.parent.name), rates.shape, size)
@@ -103,7 +103,7 @@ def measure(results: Path) -> Rates:
         sum_of.seconds += cost["seconds"]
         sum_of.steps += record["steps"]
         sum_of.crystals += trained * record["epochs"]
-        sum_of.work += trained * record["epochs"] * step_work(name, settings, rates.shape, own)
+        sum_of.work += trained * record["epochs"] * step_work(settings, rates.shape, own)
         rates.settings[name], rates.device = settings, device_name(cost["hardware"])
         folders = (folder, folder.parent / "checkpoints" / folder.name)
         rates.run_bytes = max(rates.run_bytes, sum(map(total_bytes, folders)))

@@ -1,4 +1,4 @@
-"""Multiply-adds of one crystal in a training step, from the configuration alone: how cost grows with size.
+"""Multiply-adds of one crystal in a training step, from a run's settings alone: how cost grows with size.
 
 Matrix products are counted, which is where the time of large models goes; activations, norms, embeddings,
 padding and the heads are not. `tests/unit/report/test_work.py` compares with what torch counts.
@@ -8,8 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from castbench import config as meaning
-
+FUSION = ("lora", "concat", "contrastive", "cross_attention")  # sections beside the structure encoder's
 BASIS = 32  # distance basis of coGN
 MESSAGE_LAYERS = 4  # of coGN's message network after its first
 TRAINED = 3  # forward, gradient by the input, gradient by the weights
@@ -36,11 +35,16 @@ class CrystalSize:
 
 
 def structure_work(sizes: dict[str, Any], crystal: CrystalSize) -> float:
-    """Forward pass of the structure encoder, of `sizes` {width, depth}; coGN's constants."""
-    width, depth = sizes["width"], sizes["depth"]
+    """Forward pass of the structure encoder with coGN's constants, for which a measured factor makes up."""
+    width, depth = sizes["width"], sizes.get("depth") or layers_of(sizes)
     edge = BASIS * width + MESSAGE_LAYERS * width**2
     node = 3 * width**2  # receiver, sender, update
-    return depth * (crystal.edges * edge + crystal.nodes * node)
+    return float(depth * (crystal.edges * edge + crystal.nodes * node))
+
+
+def layers_of(sizes: dict[str, Any]) -> int:
+    """Number of layers that an encoder without a `depth` has."""
+    return sum(value for key, value in sizes.items() if key.endswith(("layers", "blocks")))
 
 
 def layer_work(shape: EncoderShape, tokens: float) -> float:
@@ -66,29 +70,30 @@ def key_work(sizes: dict[str, Any], n_text: int, crystal: CrystalSize) -> float:
     return sizes["layers"] * crystal.tokens * 2 * n_text * sizes["width"]
 
 
-def step_work(name: str, config: dict[str, Any], shape: EncoderShape, crystal: CrystalSize) -> float:
-    """Multiply-adds that one crystal costs in a training step of a model or a pretraining objective."""
-    sections, tuned = meaning.architecture(name, config), meaning.text_mode(name, config) == "lora"
+def step_work(settings: dict[str, Any], shape: EncoderShape, crystal: CrystalSize) -> float:
+    """Multiply-adds that one crystal costs in a training step.
+
+    Args:
+        settings: {text, architecture, ...} of a model or a pretraining, as in a run's config.json.
+        shape: of the text encoder.
+        crystal: its size.
+    """
+    sections, tuned = settings["architecture"], settings["text"] == "lora"
     trained, passed = 0.0, 0.0
-    if "cogn" in sections:
-        trained += structure_work(sections["cogn"], crystal)
+    structure = next((sizes for name, sizes in sections.items() if name not in FUSION), None)
+    if structure:
+        trained += structure_work(structure, crystal)
     fusion = sections.get("cross_attention")
-    if fusion:
-        trained += fusion_work(fusion, sections["cogn"]["width"], crystal)
+    if fusion and structure:
+        trained += fusion_work(fusion, structure["width"], crystal)
         keys = key_work(fusion, shape.width, crystal)
         trained, passed = (trained + keys, passed) if tuned else (trained, passed + keys)
     if tuned:
-        layers = adapted_layers(name, config, shape)
+        layers = shape.layers if sections["lora"]["layers"] == "all" else sections["lora"]["layers"]
         below = layers if fusion else layers - 1  # without fusion only [CLS] leaves the last one
         passed += below * layer_work(shape, crystal.tokens)
         passed += (layers - below) * first_token_work(shape, crystal.tokens)
     return TRAINED * trained + PASSED * passed
-
-
-def adapted_layers(name: str, config: dict[str, Any], shape: EncoderShape) -> int:
-    """Layers of the text encoder that run in every step."""
-    remaining = meaning.remaining_layers(name, config)
-    return shape.layers if remaining is None else remaining
 
 
 def embedding_work(remaining: int, shape: EncoderShape, crystal: CrystalSize) -> float:

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from castbench import config as meaning
 from castbench.models import OBJECTIVES, REGISTRY, build_model, build_pretraining
 from castbench.report.work import CrystalSize, EncoderShape, embedding_work, mean_of_cut, step_work
 from castbench.text.encoders import LayeredEncoder
@@ -30,7 +31,7 @@ def test_a_steps_multiply_adds_are_what_torch_counts(name, architecture, encoder
     if setting == "all":
         architecture["lora"]["layers"] = "all"
     network = (build_pretraining if name in OBJECTIVES else build_model)(name, architecture, encoder)
-    crystal = crystals(network.text_layer)[2]
+    crystal = crystals(network.text_layer)[1]
     batch = join([only(crystal, network.needs)] * COPIES)
 
     def step():
@@ -39,7 +40,9 @@ def test_a_steps_multiply_adds_are_what_torch_counts(name, architecture, encoder
 
     tokens = float(crystal.token_offsets[-1])
     size = CrystalSize(float(crystal.node_offsets[-1]), float(len(crystal.distances)), tokens, tokens)
-    expected = COPIES * step_work(name, {"architecture": architecture}, SHAPE, size)
+    sections = meaning.architecture(name, {"architecture": architecture, "structure_encoder": "cogn"})
+    settings = {"text": network.text_mode, "architecture": sections}
+    expected = COPIES * step_work(settings, SHAPE, size)
     assert counted(step) == pytest.approx(expected, rel=0.1)
 
 

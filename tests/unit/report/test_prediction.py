@@ -17,6 +17,7 @@ from castbench.report.prediction import (
     planned_sizes,
     predict_cost,
     schedule,
+    settings_of,
 )
 from castbench.report.rates import Rates, Spent, fit
 from castbench.report.work import CrystalSize, EncoderShape, step_work
@@ -82,14 +83,14 @@ def test_work_grows_with_crystals_epochs_and_seeds_and_not_the_start(config: dic
     assert sizes.train == {"total_energy": 800}
     assert sizes.of["total_energy"] == CrystalSize(1.5, 6.0, 75.0, 75.0)
     jobs = {(job.stage, job.group): job for job in planned_jobs(config, rates(), sizes, SHAPE, speedup=2.0)}
-    own = step_work("cast", config, SHAPE, sizes.of["total_energy"])
+    own = step_work(settings_of("cast", config), SHAPE, sizes.of["total_energy"])
     spent = 1.5 * (0.01 * 10 * 800 / 16 + 1e-9 * 10 * 800 * own)
     job = jobs["train_model", "cast total_energy"]
     assert job.seconds == pytest.approx(5 + spent * 2 / 2)
     assert "masked_node" in job.needs
     assert jobs["train_model", "structure_only total_energy"].needs == ("graphs",)
     section = config["pretraining"]["masked_node"]
-    own = step_work("masked_node", config, SHAPE, sizes.all)
+    own = step_work(settings_of("masked_node", config), SHAPE, sizes.all)
     steps = -(-500 // section["batch_size"])
     spent = 1.2 * section["epochs"] * (0.01 * steps + 1e-9 * 500 * own)
     assert jobs["pretrain_model", "masked_node"].seconds == pytest.approx(5 + spent / 2)
