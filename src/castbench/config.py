@@ -177,7 +177,7 @@ def pretraining_settings(name: str, config: Config) -> Config:
         "training": {
             key: value
             for key, value in config["training"].items()
-            if key not in ("seeds", "epochs", "batch_size")
+            if key not in ("seeds", "seeds_together", "epochs", "batch_size")
         },
         "pretraining": config["pretraining"][name],
     }
