@@ -1,11 +1,17 @@
-"""A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's floor.
+"""A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's ceilings.
 
-    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9]
+    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9] [--only cogn cast lora seeds]
 
-Real crystals of ../shared/data, batches of 64, loading included. The plain loop of coGN is torch-geometric's
-DataLoader over a Data object a crystal, and the model as a MessagePassing layer on concatenated states.
+Real crystals of ../shared/data, batches of 64, loading included, the same batches for every alternative.
+The plain loop of coGN is torch-geometric's DataLoader over a Data object a crystal, and the model as a
+MessagePassing layer on concatenated states; that of LoRA is transformers' BertModel with peft, each batch
+padded to its longest text. The text encoder has MatSciBERT's shape and random weights; cached states are random.
+
 Alternatives run in turns, a step each; figures are medians: CPU seconds with one thread, which other jobs
-disturb little, and wall seconds with more threads or on a GPU.
+disturb little, and wall seconds with more threads or on a GPU. Behind them stand, for the first batch, the
+operations of all matrix products with their time at the measured matrix rate, below which no step goes in
+this way, and the bytes that operations read and write with their time at the measured copy rate, below which
+it goes as far as a cache holds what the next operation reads.
 """
 
 import argparse
@@ -53,6 +59,7 @@ from castbench.text.packed import write_manifest  # noqa: E402
 from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
 from castbench.training.loop import MAX_GRADIENT_NORM, make_optimizer  # noqa: E402
+from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -153,18 +160,24 @@ def plain_data(graphs: PackedGraphs, targets: Tensor, merged: bool) -> list[Data
     return found
 
 
+def shuffled(n: int, size: int) -> Iterator[Tensor]:
+    """Batches of rows for ever, in the same order for every alternative."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(size)
+
+
 def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[Tensor, Tensor]]) -> Steps:
-    """Steps over a loader for ever, as in a tutorial; `predict` gives predictions and targets of a batch."""
+    """Steps over an endless loader, as in a tutorial; `predict` gives predictions and targets of a batch."""
     optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=1e-4)
     network.train()
-    while True:
-        for batch in loader:
-            optimizer.zero_grad()
-            loss = functional.l1_loss(*predict(batch))
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            yield
+    for batch in loader:
+        optimizer.zero_grad()
+        loss = functional.l1_loss(*predict(batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        yield
 
 
 def our_steps(
@@ -173,16 +186,15 @@ def our_steps(
     """Steps as `Trainer.advance` takes them."""
     optimizer = make_optimizer(network, RATES)
     network.train()
-    while True:
-        for rows in torch.randperm(len(targets)).split(size):
-            with half:
-                predicted = network(crystals.batch(rows)).float()
-            loss = functional.l1_loss(predicted, targets[rows])
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            yield
+    for rows in shuffled(len(targets), size):
+        with half:
+            predicted = network(crystals.batch(rows)).float()
+        loss = functional.l1_loss(predicted, targets[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 def seconds_each(
@@ -214,7 +226,8 @@ def compare_cogn(folder: Path, device: torch.device, rounds: int, threads: int) 
     graphs = PackedGraphs.open(folder / "graphs")
     for name, merged in (("an edge a neighbour", False), ("equal edges merged", True)):
         plain = PlainCoGN().to(device)
-        loader = DataLoader(plain_data(graphs, targets.cpu(), merged), batch_size=BATCH, shuffle=True)
+        data = plain_data(graphs, targets.cpu(), merged)
+        loader = DataLoader(data, batch_sampler=(rows.tolist() for rows in shuffled(len(data), BATCH)))
 
         def predict(batch: Any, plain: PlainCoGN = plain) -> tuple[Tensor, Tensor]:
             batch = batch.to(device)
@@ -250,15 +263,14 @@ def compare_cast(
     return seconds_each(steps, rounds, device, threads)
 
 
-def plain_texts(folder: Path, size: int) -> Any:
+def plain_texts(folder: Path, size: int) -> Iterator[tuple[Tensor, ...]]:
     """Batches of token ids, masks and targets for ever: shuffled, padded to the longest of the batch."""
     tokens = PackedTokens.open(folder / "tokens")
-    while True:
-        for rows in torch.randperm(len(tokens)).split(size):
-            texts = [torch.from_numpy(tokens[row].astype(np.int64)) for row in rows.tolist()]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-            yield ids, mask, torch.randn(len(rows))
+    for rows in shuffled(len(tokens), size):
+        texts = [torch.from_numpy(tokens[row].astype(np.int64)) for row in rows.tolist()]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        yield ids, mask, torch.randn(len(rows))
 
 
 class PlainText(nn.Module):
@@ -297,6 +309,27 @@ def compare_lora(
         {"LoRA, castbench": steps, "LoRA, padded": plain_steps(plain, plain_texts(folder, size), predict)},
         rounds, device, threads,
     )  # fmt: skip
+
+
+def compare_seeds(
+    folder: Path, device: torch.device, steps: int, threads: int, seeds: int = 3
+) -> dict[str, float]:
+    """Seconds of a coGN step of each of three seeds, one after another and side by side."""
+    clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    found = {}
+    for name, together in (("three seeds, one after another", 1), ("three seeds, side by side", seeds)):
+        runs = []
+        for _ in range(seeds):
+            network = build_model("structure_only", ARCHITECTURE, None).to(device)
+            crystals = Crystals(network, folder / "graphs", None, None, device)  # type: ignore[arg-type]
+            targets = torch.randn(len(crystals.material_ids), device=device)
+            runs.append(itertools.islice(our_steps(network, crystals, targets), steps))
+        start = clock()
+        take_turns(runs, together, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found[name] = (clock() - start) / steps
+    return found
 
 
 class Traffic(TorchDispatchMode):
@@ -348,7 +381,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="alone on a machine: 1 2")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each alternative")
     parser.add_argument("--crystals", type=int, default=512, help="of each file")
-    parser.add_argument("--only", nargs="+", default=["cogn", "cast", "lora"], help="of these")
+    parser.add_argument("--only", nargs="+", default=["cogn", "cast", "lora", "seeds"], help="of these")
     parser.add_argument("--texts", type=int, default=8, help="a batch of LoRA's steps (a GPU: 64)")
     arguments = parser.parse_args()
     device, rounds = torch.device(arguments.device), arguments.rounds
@@ -383,9 +416,12 @@ def main() -> None:
                 found = compare_lora(elastic4, encoder, device, max(rounds // 3, 1), threads, arguments.texts)
                 show(on, found, limits)
                 ours, padded = found.values()
-                print(
-                    f"ratio {padded / ours:.2f} (LoRA steps a second, against padded transformers and peft)"
-                )
+                print(f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)")
+            if "seeds" in arguments.only:
+                found = compare_seeds(elastic4, device, 2 * rounds, threads)
+                show(on, found, limits)
+                one_by_one, together = found.values()
+                print(f"ratio {one_by_one / together:.2f} (steps a second, side by side against in a row)")
         print(last)
 
 
