@@ -5,7 +5,8 @@
 Real crystals of ../shared/data, batches of 64, loading included, the same batches for every alternative.
 The plain loop of coGN is torch-geometric's DataLoader over a Data object a crystal, and the model as a
 MessagePassing layer on concatenated states; that of LoRA is transformers' BertModel with peft, each batch
-padded to its longest text. The text encoder has MatSciBERT's shape and random weights; cached states are random.
+padded to its longest text. The text encoder has MatSciBERT's shape; its weights and the cached states are
+random.
 
 Alternatives run in turns, a step each; figures are medians: CPU seconds with one thread, which other jobs
 disturb little, and wall seconds with more threads or on a GPU. Behind them stand, for the first batch, the
