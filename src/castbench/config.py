@@ -81,6 +81,12 @@ def check(config: Config) -> None:
             f"graphs.neighbours: the graph of {config['structure_encoder']} has no number of neighbours; "
             "make it null"
         )
+    training = config["training"]
+    if training["seeds_together"] and training["devices"] * training["num_nodes"] > 1:
+        raise InputError(
+            "training.seeds_together: seeds share one device, and training.devices or num_nodes is above 1; "
+            "change one"
+        )
     materials = config["materials"]
     if materials["source"] != "materials_project":
         for key in ("snapshot", "database_version"):
@@ -257,7 +263,7 @@ def pretraining_settings(name: str, config: Config) -> Config:
         "training": {
             key: value
             for key, value in config["training"].items()
-            if key not in ("seeds", "epochs", "batch_size")
+            if key not in ("seeds", "seeds_together", "epochs", "batch_size")
         },
         "pretraining": config["pretraining"][name],
     }

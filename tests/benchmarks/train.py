@@ -1,11 +1,18 @@
-"""A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's floor.
+"""A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's ceilings.
 
-    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9]
+    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9] [--only cogn cast lora seeds]
 
-Real crystals of ../shared/data, batches of 64, loading included. The plain loop of coGN is torch-geometric's
-DataLoader over a Data object a crystal, and the model as a MessagePassing layer on concatenated states.
+Real crystals of ../shared/data, batches of 64, loading included, the same batches for every alternative.
+The plain loop of coGN is torch-geometric's DataLoader over a Data object a crystal, and the model as a
+MessagePassing layer on concatenated states; that of LoRA is transformers' BertModel with peft, each batch
+padded to its longest text. The text encoder has MatSciBERT's shape; its weights and the cached states are
+random.
+
 Alternatives run in turns, a step each; figures are medians: CPU seconds with one thread, which other jobs
-disturb little, and wall seconds with more threads or on a GPU.
+disturb little, and wall seconds with more threads or on a GPU. Behind them stand, for the first batch, the
+operations of all matrix products with their time at the measured matrix rate, below which no step goes in
+this way, and the bytes that operations read and write with their time at the measured copy rate, below which
+it goes as far as a cache holds what the next operation reads.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +31,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
+from peft import LoraConfig, get_peft_model
 from pymatgen.core import Element, Lattice
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import scatter
+from transformers import AutoModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -47,6 +60,7 @@ from castbench.text.packed import write_manifest  # noqa: E402
 from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
 from castbench.training.loop import MAX_GRADIENT_NORM, make_optimizer  # noqa: E402
+from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -60,6 +74,11 @@ ARCHITECTURE: dict[str, Any] = {
         "text": "frozen", "layers": 4, "heads": 8, "width": WIDTH, "feedforward": 512, "dropout": 0.0,
     },
 }  # fmt: skip
+# Operations and bytes of a step, counted when it is measured.
+FLOOR = dict.fromkeys(
+    ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded"), (0.0, 0.0)
+)
+FULL = nullcontext()  # float32
 Steps = Iterator[None]  # takes a training step each time it is asked
 
 
@@ -142,32 +161,41 @@ def plain_data(graphs: PackedGraphs, targets: Tensor, merged: bool) -> list[Data
     return found
 
 
+def shuffled(n: int, size: int) -> Iterator[Tensor]:
+    """Batches of rows for ever, in the same order for every alternative."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(size)
+
+
 def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[Tensor, Tensor]]) -> Steps:
-    """Steps over a loader for ever, as in a tutorial; `predict` gives predictions and targets of a batch."""
+    """Steps over an endless loader, as in a tutorial; `predict` gives predictions and targets of a batch."""
     optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=1e-4)
     network.train()
-    while True:
-        for batch in loader:
-            optimizer.zero_grad()
-            loss = functional.l1_loss(*predict(batch))
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            yield
+    for batch in loader:
+        optimizer.zero_grad()
+        loss = functional.l1_loss(*predict(batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        yield
 
 
-def our_steps(network: Any, crystals: Crystals, targets: Tensor) -> Steps:
+def our_steps(
+    network: Any, crystals: Crystals, targets: Tensor, size: int = BATCH, half: Any = FULL
+) -> Steps:
     """Steps as `Trainer.advance` takes them."""
     optimizer = make_optimizer(network, RATES)
     network.train()
-    while True:
-        for rows in torch.randperm(len(targets)).split(BATCH):
-            loss = functional.l1_loss(network(crystals.batch(rows)), targets[rows])
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            yield
+    for rows in shuffled(len(targets), size):
+        with half:
+            predicted = network(crystals.batch(rows)).float()
+        loss = functional.l1_loss(predicted, targets[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 def seconds_each(
@@ -176,6 +204,9 @@ def seconds_each(
     """Median seconds of a step of each, taken in turns."""
     clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        if name in FLOOR:
+            FLOOR[name] = count(step)
     for number in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
             start = clock()
@@ -196,7 +227,8 @@ def compare_cogn(folder: Path, device: torch.device, rounds: int, threads: int) 
     graphs = PackedGraphs.open(folder / "graphs")
     for name, merged in (("an edge a neighbour", False), ("equal edges merged", True)):
         plain = PlainCoGN().to(device)
-        loader = DataLoader(plain_data(graphs, targets.cpu(), merged), batch_size=BATCH, shuffle=True)
+        data = plain_data(graphs, targets.cpu(), merged)
+        loader = DataLoader(data, batch_sampler=(rows.tolist() for rows in shuffled(len(data), BATCH)))
 
         def predict(batch: Any, plain: PlainCoGN = plain) -> tuple[Tensor, Tensor]:
             batch = batch.to(device)
@@ -232,6 +264,115 @@ def compare_cast(
     return seconds_each(steps, rounds, device, threads)
 
 
+def plain_texts(folder: Path, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of token ids, masks and targets for ever: shuffled, padded to the longest of the batch."""
+    tokens = PackedTokens.open(folder / "tokens")
+    for rows in shuffled(len(tokens), size):
+        texts = [torch.from_numpy(tokens[row].astype(np.int64)) for row in rows.tolist()]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        yield ids, mask, torch.randn(len(rows))
+
+
+class PlainText(nn.Module):
+    """BertModel with LoRA on query and value, and a linear head on [CLS]."""
+
+    def __init__(self, encoder: Path, lora: dict[str, Any]):
+        super().__init__()
+        sizes = {"r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"]}
+        bert = AutoModel.from_pretrained(
+            encoder, dtype=torch.float32, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+        )
+        self.bert = get_peft_model(bert, LoraConfig(target_modules=["query", "value"], **sizes))
+        self.head = Regression(bert.config.hidden_size)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Predictions (B,)."""
+        return self.head(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+
+
+def compare_lora(
+    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, size: int
+) -> dict[str, float]:
+    """Seconds of a LoRA step on all layers, ours and the plain one; in bfloat16 on a GPU, both of them."""
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    plain = PlainText(encoder, ARCHITECTURE["lora"]).to(device)
+
+    def predict(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        ids, mask, y = (part.to(device) for part in batch)
+        with half:
+            return plain(ids, mask).float(), y
+
+    network = build_model("text_only", ARCHITECTURE, encoder).to(device)
+    crystals = Crystals(network, folder / "graphs", folder / "tokens", None, device)
+    steps = our_steps(network, crystals, torch.randn(len(crystals.material_ids), device=device), size, half)
+    return seconds_each(
+        {"LoRA, castbench": steps, "LoRA, padded": plain_steps(plain, plain_texts(folder, size), predict)},
+        rounds, device, threads,
+    )  # fmt: skip
+
+
+def compare_seeds(
+    folder: Path, device: torch.device, steps: int, threads: int, seeds: int = 3
+) -> dict[str, float]:
+    """Seconds of a coGN step of each of three seeds, one after another and side by side."""
+    clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    found = {}
+    for name, together in (("three seeds, one after another", 1), ("three seeds, side by side", seeds)):
+        runs = []
+        for _ in range(seeds):
+            network = build_model("structure_only", ARCHITECTURE, None).to(device)
+            crystals = Crystals(network, folder / "graphs", None, None, device)  # type: ignore[arg-type]
+            targets = torch.randn(len(crystals.material_ids), device=device)
+            runs.append(itertools.islice(our_steps(network, crystals, targets), steps))
+        start = clock()
+        take_turns(runs, together, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found[name] = (clock() - start) / steps
+    return found
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, views excepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for value in tree_leaves((args, kwargs, found)):
+                if isinstance(value, Tensor):
+                    self.bytes += value.nbytes
+        return found
+
+
+def count(step: Steps) -> tuple[float, float]:
+    """Operations (multiplications and additions of matrix products) and bytes of a step."""
+    with FlopCounterMode(display=False) as products, Traffic() as traffic:
+        next(step)
+    return products.get_total_flops(), traffic.bytes
+
+
+def ceilings(device: torch.device, threads: int) -> tuple[float, float]:
+    """Operations a second of a large float32 product (bfloat16 on a GPU), bytes a second of a large copy."""
+    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+
+    def forever(function: Callable[[], Any]) -> Steps:
+        while True:
+            function()
+            yield
+
+    steps = {"product": forever(lambda: a @ b), "copy": forever(lambda: target.copy_(source))}
+    found = seconds_each(steps, 9, device, threads)
+    return 2 * size**3 / found["product"], 2 * source.nbytes / found["copy"]
+
+
 def main() -> None:
     """Print a table and, last, the ratio."""
     parser = argparse.ArgumentParser(
@@ -241,7 +382,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="alone on a machine: 1 2")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each alternative")
     parser.add_argument("--crystals", type=int, default=512, help="of each file")
-    parser.add_argument("--only", nargs="+", default=["cogn", "cast"], help="of cogn, cast")
+    parser.add_argument("--only", nargs="+", default=["cogn", "cast", "lora", "seeds"], help="of these")
+    parser.add_argument("--texts", type=int, default=8, help="a batch of LoRA's steps (a GPU: 64)")
     arguments = parser.parse_args()
     device, rounds = torch.device(arguments.device), arguments.rounds
     torch.manual_seed(0)
@@ -258,24 +400,43 @@ def main() -> None:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             on = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+            limits = ceilings(device, threads)
+            print(f"{on}: matrix rate {limits[0] / 1e9:.0f} Gflop/s, copy rate {limits[1] / 1e9:.1f} GB/s")
             if "cogn" in arguments.only:
                 found = compare_cogn(mp36k, device, rounds, threads)
                 ours, plain, merged = found.values()
-                show(on, found)
+                show(on, found, limits)
                 print(f"ratio {plain / ours:.2f}; {merged / ours:.2f} to the plain loop on our merged edges")
                 last = f"ratio {plain / ours:.2f} (coGN training steps a second, against torch-geometric)"
             if "cast" in arguments.only:
                 found = compare_cast(elastic4, encoder, device, rounds, threads)
-                show(on, found)
+                show(on, found, limits)
                 alone, cast = found.values()
                 print(f"ratio {alone / cast:.2f} (CAST with frozen text, steps a second, against coGN alone)")
+            if "lora" in arguments.only:
+                found = compare_lora(elastic4, encoder, device, max(rounds // 3, 1), threads, arguments.texts)
+                show(on, found, limits)
+                ours, padded = found.values()
+                print(f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)")
+            if "seeds" in arguments.only:
+                found = compare_seeds(elastic4, device, 2 * rounds, threads)
+                show(on, found, limits)
+                one_by_one, together = found.values()
+                print(f"ratio {one_by_one / together:.2f} (steps a second, side by side against in a row)")
         print(last)
 
 
-def show(on: str, found: dict[str, float]) -> None:
-    """Print the seconds of each alternative."""
+def show(on: str, found: dict[str, float], limits: tuple[float, float]) -> None:
+    """Print the seconds of each alternative, and what they would be at the machine's two ceilings."""
     for name, seconds in found.items():
-        print(f"{on:16} {name:45} {1e3 * seconds:9.1f} ms a step", flush=True)
+        line = f"{on:16} {name:45} {1e3 * seconds:9.1f} ms a step"
+        if name in FLOOR:
+            operations, moved = FLOOR[name]
+            line += (
+                f"; {operations / 1e9:.1f} Gflop in {1e3 * operations / limits[0]:.1f} ms at the matrix rate"
+            )
+            line += f", {moved / 1e9:.2f} GB in {1e3 * moved / limits[1]:.1f} ms at the copy rate"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

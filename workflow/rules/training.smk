@@ -45,7 +45,7 @@ rule pretrain_model:
 
 
 rule train_model:
-    """Train a model on a target, all seeds one after another."""
+    """Train a model on a target, all seeds in one job: one after another, or side by side."""
     input:
         unpack(model_inputs),
         materials=ancient("results/{dataset}/materials.parquet"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -46,14 +48,14 @@ def attend_packed(
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
     if has_variable_length(q):
         most = int(q_offsets.diff().max()), int(k_offsets.diff().max())
-        return varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), *most).flatten(1)
+        context: Any = varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), *most)
+        return context.flatten(1)
     attended = []
     for texts in torch.arange(len(k_offsets) - 1, device=q.device).split(GROUP):
         q_BQHd, real_BQ = gather_block(q, q_offsets, texts)
         (k_BTHd, mask_BT), (v_BTHd, _) = (gather_block(part, k_offsets, texts) for part in (k, v))
-        found_BHQd = functional.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (q_BQHd, k_BTHd, v_BTHd)), mask_BT[:, None, None, :]
-        )
+        q_BHQd, k_BHTd, v_BHTd = (part.transpose(1, 2) for part in (q_BQHd, k_BTHd, v_BTHd))
+        found_BHQd, _ = attend(q_BHQd, k_BHTd, v_BHTd, mask_BT[:, None, None, :], weights=False)
         attended.append(found_BHQd.transpose(1, 2)[real_BQ].flatten(1))
     return torch.cat(attended)
 

@@ -118,9 +118,17 @@ class Trainer:
         self.run = Run(steps, epochs * steps, torch.zeros(steps, dtype=torch.float64, device=fabric.device))
 
     def fit(self) -> Run:
+        """Train to the end, see `steps`. On SIGTERM a checkpoint is written, and the process exits."""
+        with terminable() as terminated:
+            for _ in self.steps(terminated):
+                pass
+        return self.run
+
+    def steps(self, terminated: threading.Event) -> Iterator[None]:
         """Train to the end from the newest checkpoint, and leave the network with its best weights.
 
-        Writes a checkpoint every `CHECKPOINT_SECONDS` and at the end. On SIGTERM writes one and exits.
+        Yields after every step, so that several runs can take turns. Writes a checkpoint every
+        `CHECKPOINT_SECONDS` and at the end; where `terminated` is set, one at once, and raises SystemExit.
         """
         self.resume()
         run, size = self.run, len(self.objective.rows)
@@ -133,7 +141,7 @@ class Trainer:
             disable=None if self.fabric.is_global_zero else True,  # off where standard error is no terminal
         )
         self.clock = self.saved = time.monotonic()
-        with bar, terminable() as terminated:
+        with bar:
             for epoch in range(run.step // run.steps, self.epochs):
                 if self.ended():
                     break
@@ -146,14 +154,16 @@ class Trainer:
                         bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                     if place + 1 < run.steps and self.due(terminated):
                         self.save()
+                    if place + 1 < run.steps:
+                        yield
                 self.close_epoch(epoch, order)
                 if run.failure:
-                    return run
+                    return
                 if self.due(terminated) or self.ended():
                     self.save()
+                yield
         self.network.load_trained_state(run.best)
         self.module.eval()
-        return run
 
     def ended(self) -> bool:
         """Whether all steps are taken, or validation has not improved for `patience` epochs."""

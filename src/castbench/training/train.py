@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from castbench.models.base import Network
 from castbench.provenance import sha256_file
 from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
-from castbench.training.loop import Trainer
+from castbench.training.loop import Trainer, terminable
 from castbench.training.objectives import Classification, Regression
 from castbench.training.records import (
     Result,
@@ -35,6 +37,7 @@ from castbench.training.records import (
     write_run,
 )
 from castbench.training.session import cost, open_session, run_key
+from castbench.training.turns import take_turns
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,10 @@ def train_model(
     threads: int,
     stage: int = 0,
 ) -> None:
-    """Train `model` on `target`, all `seeds` one after another, and write a run folder for each.
+    """Train `model` on `target`, all `seeds` in one process, and write a run folder for each.
+
+    The seeds run one after another, or side by side (`settings["training"]["seeds_together"]`), to the same
+    results: no run shares a random stream with another.
 
     Args:
         settings: {dataset, architecture, training, ...}; stands as config.json in each run.
@@ -79,7 +85,10 @@ def train_model(
     Raises:
         InputError: a cache is missing or of other materials; a pretraining run is missing.
     """
-    fabric = open_session(settings["training"], threads)
+    training = dict(settings["training"])
+    together = training.pop("seeds_together", False)  # no run depends on it
+    settings = settings | {"training": training}
+    fabric = open_session(training, threads)
     if stage:
         graphs, tokens = stage_cache(graphs), stage_cache(tokens)
         states = states and stage_cache(states)
@@ -87,7 +96,9 @@ def train_model(
     record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "target": target}
     record |= {"unit": TARGETS[target].unit, "validation": None, "test": None}
     data: Data | None = None
-    for seed in seeds:
+
+    def run_of(seed: int) -> Iterator[None]:
+        nonlocal data, record
         torch.manual_seed(seed)
         network = build_model(model, settings["architecture"], encoder)
         if data is None:
@@ -110,12 +121,16 @@ def train_model(
             log.warning("%s, %s, seed %d: skipped, %s", model, target, seed, result.reason)
         else:
             log.info("%s, %s, seed %d: %s", model, target, seed, record["n"])
-            result = train_seed(network, data, own, settings, fabric, output / "checkpoints" / str(seed))
+            checkpoints = output / "checkpoints" / str(seed)
+            result = yield from train_seed(network, data, own, settings, fabric, checkpoints, terminated)
         if fabric.is_global_zero:
             folder = output / str(seed)
             write_predictions(folder, result)
             config = settings | {"model": model, "target": target, "seed": seed}
             write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
+
+    with terminable() as terminated:
+        take_turns([run_of(seed) for seed in seeds], len(seeds) if together else 1, fabric.device)
 
 
 @dataclass
@@ -194,8 +209,9 @@ def train_seed(
     settings: dict[str, Any],
     fabric: Fabric,
     checkpoints: Path,
-) -> Result:
-    """Train a run, then predict validation and test, once, with the selected weights."""
+    terminated: Event,
+) -> Generator[None, None, Result]:
+    """Train a run, a step at a time, then predict validation and test, once, with the selected weights."""
     training = settings["training"]
     objective = OBJECTIVES[TARGETS[record["target"]].task](
         data.crystals, data.values, data.rows["train"], data.rows["validation"], training
@@ -204,7 +220,8 @@ def train_seed(
     trainer = Trainer(
         network, objective, training, training["epochs"], record["seed"], fabric, checkpoints, key
     )
-    run = trainer.fit()
+    yield from trainer.steps(terminated)
+    run = trainer.run
     found = run_record(network, run) | {"target_mean": objective.mean, "target_std": objective.std}
     spent = cost(fabric, run.seconds, run.step * len(objective.rows) // run.steps)
     if run.failure:

@@ -85,6 +85,36 @@ def test_a_finished_seed_is_not_trained_again(data, tmp_path):
     assert record(output / "0")["test"] != record(output / "1")["test"]
 
 
+@pytest.mark.parametrize("model", ["structure_only", "crysmmnet_frozen"])  # the latter draws dropout
+def test_seeds_side_by_side_end_as_one_after_another(data, tmp_path, model):
+    apart, together = tmp_path / "a" / model, tmp_path / "b" / model
+    assert run_job(data.train(model, apart, seeds=(0, 1, 2))) == 0
+    job = data.train(model, together, seeds=(0, 1, 2), seeds_together=True)
+    assert run_job(job, stop=10, number=signal.SIGTERM) == 143  # in step 4 of the first, 3 of the others
+    assert sorted(path.name for path in (together / "checkpoints").iterdir()) == ["0", "1", "2"]
+    assert not (together / "0").exists()
+    assert run_job(job, interval=0, stop=9) == -signal.SIGKILL
+    assert run_job(job, interval=0) == 0
+    for seed in ("0", "1", "2"):
+        assert bytes_of(together / seed) == bytes_of(apart / seed)
+
+
+def test_a_seed_that_fails_does_not_stop_those_beside_it(data, tmp_path, monkeypatch):
+    from castbench.training import loop
+
+    advance = loop.Trainer.advance
+
+    def failing(self, rows):
+        loss = advance(self, rows)
+        return loss * float("nan") if self.seed == 1 and self.run.step == 6 else loss
+
+    monkeypatch.setattr(loop.Trainer, "advance", failing)
+    settings = data.settings("structure_only", seeds_together=True)
+    train_model(**arguments(data, "structure_only", tmp_path, seeds=[0, 1, 2], settings=settings))
+    assert [record(tmp_path / seed)["status"] for seed in "012"] == ["finished", "failed", "finished"]
+    assert record(tmp_path / "1")["failure"]["step"] == 5
+
+
 def test_a_damaged_checkpoint_falls_back_and_the_run_ends_the_same(data, tmp_path):
     output = tmp_path / "b" / "structure_only"
     assert run_job(data.train("structure_only", tmp_path / "a" / "structure_only")) == 0

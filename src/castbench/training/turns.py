@@ -1,0 +1,37 @@
+"""Several runs in one process, a step of each in turn, so that small models fill a GPU together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+
+
+def take_turns(runs: Sequence[Iterator[None]], side_by_side: int, device: torch.device) -> None:
+    """Take a step of each run in turn until all have ended; `side_by_side` of them are under way at a time.
+
+    On a GPU each run has a stream of its own: while one step waits or is too small for the device, another's
+    operations run. A run must draw no random number from a stream that another run draws from between steps.
+
+    Raises:
+        SystemExit: that of a run that was asked to stop, once every run under way has come to its own.
+    """
+    waiting, stopped = deque(runs), None
+    under_way: deque[tuple[Iterator[None], torch.cuda.Stream | None]] = deque()
+    while waiting or under_way:
+        while waiting and len(under_way) < side_by_side:
+            under_way.append((waiting.popleft(), torch.cuda.Stream() if device.type == "cuda" else None))
+        run, stream = under_way.popleft()
+        try:
+            with torch.cuda.stream(stream):  # does nothing without one
+                next(run)
+        except StopIteration:
+            continue
+        except SystemExit as error:
+            stopped = error
+            waiting.clear()
+            continue
+        under_way.append((run, stream))
+    if stopped is not None:
+        raise stopped
