@@ -14,6 +14,8 @@ import pytest
 
 from cluster import slurm
 
+pytestmark = pytest.mark.timeout(1500)  # minutes of it on a machine that others load
+
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("workflow/presets/smoke.yaml", "tests/cluster/small.yaml")
 PROFILE = ("--workflow-profile", "workflow/profiles/mine")
@@ -143,7 +145,7 @@ def test_a_run_with_killed_jobs_and_a_dead_node_gives_the_tables_of_a_local_one(
         # A training is killed as the kernel does when memory is short.
         until(lambda: " epoch " in log_of(folder, "crysmmnet_frozen"), "the second training again")
         os.kill(cluster.process_of("train_model", "crysmmnet_frozen"), signal.SIGKILL)
-        assert run.wait(300) == 0, folder.with_suffix(".out").read_text()[-8000:]
+        assert run.wait(600) == 0, folder.with_suffix(".out").read_text()[-8000:]
     finally:
         if run.poll() is None:
             run.kill()
