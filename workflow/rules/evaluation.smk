@@ -30,9 +30,7 @@ rule extract_attention:
     resources:
         gpu=GPUS,
     params:
-        settings=settings(
-            "attention.target", "attention.material", "structure_encoder"
-        ),
+        settings=settings("attention.target", "attention.material", "structure_encoder"),
         states=lambda wildcards: states_option("cast", wildcards),
         seeds=config["training"]["seeds"],
         encoder=ENCODER,

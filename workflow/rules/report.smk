@@ -132,9 +132,7 @@ rule plot_evidence:
     conda:
         "../../envs/report.yaml"
     params:
-        settings=settings(
-            "dataset", "materials.source", "models", "structure_encoder"
-        ),
+        settings=settings("dataset", "materials.source", "models", "structure_encoder"),
     shell:
         "python -m castbench plot_evidence --settings {params.settings:q} --results results/{wildcards.dataset}"
         " --output results/{wildcards.dataset}/figures --log {log}"

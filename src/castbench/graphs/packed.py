@@ -251,7 +251,6 @@ class PackedGraphs:
     def __getitem__(self, crystal: int) -> CrystalGraph:
         nodes = slice(*self.node_offsets[crystal : crystal + 2])
         edges = slice(*self.edge_offsets[crystal : crystal + 2])
-        return CrystalGraph(
-            **{name: getattr(self, name)[nodes] for name in NODE_ARRAYS},
-            **{name: array[edges] for name, array in self.edge_arrays.items()},
-        )
+        parts: dict[str, Any] = {name: getattr(self, name)[nodes] for name in NODE_ARRAYS}
+        parts |= {name: array[edges] for name, array in self.edge_arrays.items()}
+        return CrystalGraph(**parts)

@@ -9,6 +9,7 @@ from its other end, to one of the node's own bonds, its `edge_reverse`. Angles a
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import spglib
@@ -70,7 +71,7 @@ def to_representatives(unit: AsymmetricUnit, symprec: float) -> np.ndarray | Non
     if len(unit.representatives) == n:
         return np.tile(np.eye(3), (n, 1, 1))
     try:
-        cell = unit.lattice, unit.positions, unit.atomic_numbers[unit.orbits]
+        cell: Any = (unit.lattice, unit.positions, unit.atomic_numbers[unit.orbits])  # hints know lists only
         found = spglib.get_symmetry(cell, symprec=symprec)
     except spglib.SpglibError:
         found = None

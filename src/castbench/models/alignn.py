@@ -6,6 +6,8 @@ Choudhary and DeCost, npj Comput. Mater. 7, 185 (2021). Sizes and details follow
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -114,7 +116,8 @@ class ALIGNN(StructureEncoder):
         angles = gaussians(cosines, self.cosine_centres, 2 / (N_COSINES - 1))
         for layer in self.angle_input:
             angles = layer(angles, angle_weights)
-        for on_atoms, on_bonds in self.alignn_layers:
+        layers: list[Any] = list(self.alignn_layers)
+        for on_atoms, on_bonds in layers:
             atoms, bonds = on_atoms(atoms, bonds, ends, (atom_weights, bond_weights))
             bonds, angles = on_bonds(bonds, angles, (other, bond), (bond_weights, angle_weights))
         for layer in self.gcn_layers:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import scatter
 
-from castbench.models.batch import Batch
+from castbench.models.batch import ABSENT, Batch
 from castbench.models.elements import element_categories
 from castbench.models.structure import StructureEncoder, WeightedBatchNorm, gaussians
 
@@ -55,7 +55,7 @@ class CGCNN(StructureEncoder):
         self.register_buffer("centres", torch.linspace(0, CUTOFF, N_BASIS), persistent=False)
         self.node_input = nn.Linear(categories.shape[1], width)
         self.layers = nn.ModuleList(GatedConv(width) for _ in range(layers))
-        self.pool = nn.Linear(width, hidden) if pooled else None
+        self.pool = nn.Linear(width, hidden) if pooled else ABSENT
 
     def nodes(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Node states (N, width); see `StructureEncoder`."""

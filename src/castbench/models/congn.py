@@ -7,13 +7,14 @@ reference's Matbench settings: 2,799,201 parameters with the head at width 160 a
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import scatter
 
-from castbench.models.batch import Batch
+from castbench.models.batch import ABSENT, Batch
 from castbench.models.cogn import CUTOFF, N_BASIS, ElementInput
 from castbench.models.heads import dense
 from castbench.models.structure import StructureEncoder, edges_into, gaussians
@@ -34,7 +35,8 @@ def join(layers: nn.Sequential, features: Tensor, states: Tensor, receiver: Tens
 
     The first layer's parts for receiver and sender are computed once a row of `states`.
     """
-    first, width = layers[0], states.shape[1]
+    first: Any = layers[0]
+    width = states.shape[1]
     of_features, of_receiver, of_sender = first.weight.split([features.shape[1], width, width], dim=1)
     joined = functional.linear(features, of_features, first.bias)
     joined = joined + functional.linear(states, of_receiver).index_select(0, receiver)
@@ -89,7 +91,7 @@ class CoNGN(StructureEncoder):
         self.node_input = ElementInput(width)
         self.edge_input = dense(2 * N_BASIS, width)
         self.blocks = nn.ModuleList(NestedBlock(width) for _ in range(depth))
-        self.pool = layers_of(width, width, 1) if pooled else None
+        self.pool = layers_of(width, width, 1) if pooled else ABSENT
 
     def nodes(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Node states (N, width); see `StructureEncoder`."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed.nn  # not imported with torch
+from torch import Tensor, distributed, nn
 from torch_geometric.utils import scatter
 
 from castbench.models.base import Network
@@ -98,10 +99,18 @@ def edges_into(edge_target: Tensor, at: Tensor, n: int) -> tuple[Tensor, Tensor]
     return row, order[torch.arange(len(row), device=row.device) + shift[row]]
 
 
+def over_processes(value: Tensor) -> Tensor:
+    """The sum of `value` over the processes that train together, with its gradient."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.nn.functional.all_reduce(value)
+    return value
+
+
 class WeightedBatchNorm(nn.Module):
     """Batch normalisation of rows (R, d) that count `weights` (R,) times each: that of the rows spelled out.
 
-    Rows without weight are normalised with the others' statistics.
+    Rows without weight are normalised with the others' statistics. Where several processes share a batch,
+    the statistics are those of the whole batch.
     """
 
     running_mean: Tensor
@@ -118,10 +127,10 @@ class WeightedBatchNorm(nn.Module):
         """Normalised rows (R, d)."""
         mean, variance = self.running_mean, self.running_var
         if self.training:
-            total = weights.sum()
+            total = over_processes(weights.sum())
             share = weights / total.clamp(min=1e-12)
-            mean = share @ rows
-            variance = share @ (rows - mean).square()
+            mean = over_processes(share @ rows)
+            variance = over_processes(share @ (rows - mean).square())
             with torch.no_grad():
                 momentum = self.momentum * (total > 0)
                 unbiased = variance * total / (total - 1).clamp(min=1.0)

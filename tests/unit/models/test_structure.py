@@ -169,6 +169,34 @@ def test_weighted_normalisation_is_that_of_the_rows_spelled_out():
     torch.testing.assert_close(ours.eval()(rows, counts.float()), torchs.eval()(rows))
 
 
+def normalise_part(rank, address, rows, weights, results):
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    norm, part = WeightedBatchNorm(4), slice(4 * rank, 4 + 4 * rank)
+    own = rows[part].clone().requires_grad_()
+    out = norm(own, weights[part])
+    out.pow(3).sum().backward()
+    results[rank] = [x.detach().tolist() for x in (out, own.grad, norm.running_mean, norm.running_var)]
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_share_a_batch_share_its_statistics(tmp_path):
+    torch.manual_seed(5)
+    rows, weights = torch.randn(8, 4), torch.tensor([1.0, 2, 1, 3, 1, 1, 4, 2])
+    whole, norm = rows.clone().requires_grad_(), WeightedBatchNorm(4)
+    expected = norm(whole, weights)
+    expected.pow(3).sum().backward()
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        arguments = (f"file://{tmp_path}/rendezvous", rows, weights, results)
+        torch.multiprocessing.spawn(normalise_part, arguments, nprocs=2)
+        (out0, grad0, *running), (out1, grad1, *_) = results[0], results[1]
+    torch.testing.assert_close(torch.tensor(out0 + out1), expected.detach())
+    torch.testing.assert_close(torch.tensor(grad0 + grad1), whole.grad)
+    torch.testing.assert_close(torch.tensor(running[0]), norm.running_mean)
+    torch.testing.assert_close(torch.tensor(running[1]), norm.running_var)
+
+
 def test_normalisation_without_weights_keeps_its_statistics_and_stays_finite():
     norm = WeightedBatchNorm(2)
     assert norm(torch.randn(3, 2), torch.zeros(3)).isfinite().all()
