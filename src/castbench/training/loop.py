@@ -82,9 +82,6 @@ class Trainer:
         fabric: device and precision.
         folder: where checkpoints go.
         key: hash of all that the run is a function of; a checkpoint with another one is not continued.
-
-    Raises:
-        InputError: several processes cannot share the batches of this network.
     """
 
     def __init__(
@@ -100,20 +97,13 @@ class Trainer:
     ):
         self.network, self.objective, self.training, self.epochs = network, objective, training, epochs
         self.seed, self.fabric, self.folder, self.key = seed, fabric, folder, key
-        if fabric.world_size > 1 and any("running_mean" in name for name, _ in network.named_buffers()):
-            raise InputError(
-                "training.devices: batch normalisation, which this structure encoder has, needs the whole "
-                "batch in one process; make devices and num_nodes 1"
-            )
         self.optimizer = make_optimizer(network, training)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
         # On the hosts, so that no GPU waits when the processes agree on something.
         self.hosts = distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
-        self.meant, self.stopping = (
-            0,
-            False,
-        )  # losses of the epoch that are the processes' mean already; SIGTERM
+        self.meant = 0  # losses of the epoch that are the processes' mean already
+        self.stopping = False  # SIGTERM came, to whichever process
         steps = math.ceil(len(objective.rows) / objective.batch_size)
         self.run = Run(steps, epochs * steps, torch.zeros(steps, dtype=torch.float64, device=fabric.device))
 

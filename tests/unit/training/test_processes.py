@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,6 @@ import torch
 
 from castbench.errors import InputError
 from castbench.models import OBJECTIVES
-from castbench.training.loop import Trainer
 from castbench.training.session import open_session
 from castbench.training.share import Share
 from composition_data import aggregated, composition_settings, rows, split
@@ -139,12 +137,6 @@ def test_processes_of_two_nodes_that_srun_started_train_together(data, tmp_path)
 def test_several_nodes_without_a_scheduler_are_refused():
     with pytest.raises(InputError, match=r"num_nodes: 2, but nothing started a process on each; use srun"):
         open_session({"threads": 1, "num_nodes": 2}, 1)
-
-
-def test_batch_normalisation_is_not_shared(tmp_path):
-    network, fabric = torch.nn.Sequential(torch.nn.BatchNorm1d(3)), SimpleNamespace(world_size=2)
-    with pytest.raises(InputError, match="batch normalisation, which this structure encoder has"):
-        Trainer(network, None, {}, 1, 0, fabric, tmp_path, "key")  # type: ignore[arg-type]
 
 
 def test_parts_make_up_the_batch_and_a_small_one_is_refused():
