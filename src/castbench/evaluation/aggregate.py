@@ -39,7 +39,8 @@ COMPARISONS = (
 def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> None:
     """Write Table 1, Table 2, runs, pretraining, comparisons and the text's gain into `output`.
 
-    `settings` = {dataset, source, targets, models, seeds, text_encoder}: they name the runs to expect.
+    `settings` = {dataset, source, targets, models, seeds, structure_encoder, text_encoder}: they name the
+    runs to expect.
     """
     records = read_records(results, settings)
     runs = pd.DataFrame([run_row(record) for record in records])
@@ -132,6 +133,8 @@ def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) ->
     """
     paper = pd.read_csv(RESOURCES / "paper" / "table1.csv")
     known = {(row["model"], row["target"]): row for row in tables.records(paper)}
+    if settings["structure_encoder"] != "cogn":  # the paper's row is coGN
+        known = {key: row for key, row in known.items() if key[0] != "structure_only"}
     rows = []
     for target in ordered_targets(settings):
         for model in ordered_models(settings):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from castbench.labels import MODELS, TARGETS
+from castbench.labels import MODELS, STRUCTURE_ENCODERS, TARGETS
 
 BASELINE = "training_mean"
 NOTE = (
@@ -170,4 +170,5 @@ def table1_latex(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
 def caption(settings: dict[str, Any]) -> str:
     """What was run on what, in one sentence."""
     dataset, source, encoder = (settings[key] for key in ("dataset", "source", "text_encoder"))
-    return f"Dataset {dataset} (source {source}), text encoder {encoder}."
+    structure = STRUCTURE_ENCODERS[settings["structure_encoder"]][0]
+    return f"Dataset {dataset} (source {source}), encoders {structure} and {encoder}."
