@@ -91,7 +91,7 @@ def test_two_processes_train_batch_normalisation_with_the_losses_of_one(data_wit
     assert run_job(with_encoder(data.train("structure_only", tmp_path / "one"), "cgcnn")) == 0
     commands = [data.train("structure_only", tmp_path / name, devices=2) for name in ("two", "nothing")]
     assert run_together([with_encoder(command, "cgcnn") for command in commands]) == [0, 0]
-    # Not those of validation: a bias before batch normalisation has rounding for a gradient, of which Adam makes
-    # steps, and the running mean follows them late.
+    # Not those of validation: a bias before batch normalisation has rounding for a gradient, of which Adam
+    # makes steps, and the running mean follows them late.
     two, one = (pd.read_csv(tmp_path / name / "0" / "history.csv")["train_loss"] for name in ("two", "one"))
     pd.testing.assert_series_equal(two, one, rtol=1e-5, atol=1e-5)
