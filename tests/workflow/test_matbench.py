@@ -58,6 +58,10 @@ def test_the_report_has_ours_beside_the_published_and_says_whose_data_it_is(fini
     assert "results/tiny/matbench/structure_only/0/results.json.gz" in report
 
 
+def test_the_report_rebuilds_from_an_archive_alone(finished: Path, rebuild_from_archive):
+    assert "tables/matbench_folds.csv" in rebuild_from_archive(finished, "tiny", *PRESET)
+
+
 def test_no_text_is_made_where_no_model_reads_one(finished: Path, snakemake):
     assert not (finished / "results/tiny/descriptions").exists()
     assert "Nothing to be done" in snakemake(finished, *PRESET, "-n").stdout

@@ -25,7 +25,7 @@ RESULTS = (
     "report.html", "tables/*", "figures/*", "attention/*", "attention/probes/*", "splits/*.json",
     "materials.parquet", "materials/manifest.json", "funnel.json", "descriptions.json",
     "graphs/manifest.json", "graphs/index.parquet", "tokens/manifest.json", "tokens/index.parquet",
-    "compositions.parquet", "compositions/manifest.json", "screening/*",
+    "compositions.parquet", "compositions/manifest.json", "screening/*", "matbench/*", "matbench/*/*/*",
     *(f"{runs}/{file}" for runs in RUNS for file in RECORDS),
 )  # fmt: skip
 # From records to the report, by study.
@@ -33,6 +33,7 @@ RULES = {
     "cast": "aggregate_runs tabulate_evidence plot_dataset plot_results plot_attention plot_evidence"
     " render_report",
     "compositions": "tabulate_compositions plot_compositions render_composition_report",
+    "matbench": "aggregate_matbench render_matbench_report",
 }
 READ_ME = """\
 # {dataset}: an archive of castbench {commit}

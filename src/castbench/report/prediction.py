@@ -33,7 +33,7 @@ GRAPH_CORES = 8  # of build_graphs in the profiles
 # Settings that change neither the time of a step nor its size, and those that steps and multiply-adds follow.
 FREE = ("dataset", "model", "objective", "seed", "target", "learning_rate", "lora_learning_rate",
         "weight_decay", "loss", "warmup_steps", "cycles", "mask_probability", "temperature", "alpha",
-        "dropout", "device")  # fmt: skip
+        "dropout", "device", "schedule", "final_learning_rate", "max_gradient_norm", "selection")  # fmt: skip
 SCALED = (
     "epochs",
     "batch_size",
@@ -70,7 +70,7 @@ def predict_cost(
         speedup: how many times faster the planned device trains than the measured one.
 
     Raises:
-        InputError: the run lacks what a prediction needs, or the plan is of the composition study.
+        InputError: the run lacks what a prediction needs, or the plan is of another study than cast.
     """
     config: dict[str, Any] = {}
     for file in plan:
@@ -79,8 +79,8 @@ def predict_cost(
         config = merged(config, yaml.safe_load(file.read_text(encoding="utf-8")))
     if config["study"] != "cast":
         raise InputError(
-            f"study {config['study']}: only the study of crystals is foreseen; the composition study takes"
-            " minutes, and the cost.json of its runs say how many"
+            f"study {config['study']}: only the study cast is foreseen; of others, the cost.json of a short "
+            "run's folders say how long an epoch takes"
         )
     rates = measure(results)
     shape = planned_shape(config, results)
