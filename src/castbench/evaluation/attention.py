@@ -16,6 +16,7 @@ from pymatgen.core import Element
 from safetensors.numpy import save
 from torch import Tensor
 
+from castbench.cards import take_cards
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_errors
 from castbench.evaluation.trained import choose_device, load_run, read_run
@@ -91,6 +92,7 @@ def extract_attention(
         states: cache of token states, for models that read them.
         device: cpu, cuda or auto.
     """
+    take_cards(device)
     target, record = settings["target"], json.loads(split.read_text())
     finished: dict[str, list[int]] = {}
     for name, seed in ((name, seed) for name in MODELS for seed in seeds):
