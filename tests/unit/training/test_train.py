@@ -180,7 +180,7 @@ def test_predictions_are_those_of_the_saved_weights_and_the_record_is_their_erro
     for part in ("validation", "test"):
         rows = table[table["split"] == part]
         assert found[part] == scores(rows["y_true"], rows["y_pred"])
-    history = pd.read_csv(tmp_path / "0" / "history.csv")
+    history = pd.read_csv(tmp_path / "0" / "history.csv", float_precision="round_trip")
     assert history["validation_mae"].idxmin() == found["best_epoch"]
     assert found["validation"]["mae"] == history["validation_mae"].min()
 
