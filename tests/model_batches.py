@@ -10,6 +10,7 @@ from castbench.graphs.kinds import KINDS, structure_graph
 from castbench.graphs.neighbours import unit_of
 from castbench.graphs.reciprocal import every_atom
 from castbench.models.batch import Batch
+from castbench.models.structure import WeightedBatchNorm
 
 EDGE_PARTS = ("distances", "edge_multiplicities", "vectors", "edge_reverse", "ridge_areas")
 
@@ -102,3 +103,14 @@ def cell_batch(name, structure):
     graph = KINDS[name].build(every_atom(unit), settings_of(name))
     graph = replace(graph, multiplicities=graph.multiplicities / np.float32(unit.centring))
     return doubled(batch_of(graph))
+
+
+def normalise_part(rank, address, rows, weights, results) -> None:
+    """Normalise a part of a batch in a process of its own: values, gradient and running statistics."""
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    norm, part = WeightedBatchNorm(4), slice(4 * rank, 4 + 4 * rank)
+    own = rows[part].clone().requires_grad_()
+    out = norm(own, weights[part])
+    out.pow(3).sum().backward()
+    results[rank] = [x.detach().tolist() for x in (out, own.grad, norm.running_mean, norm.running_var)]
+    torch.distributed.destroy_process_group()

@@ -78,7 +78,7 @@ def invent(root: Path, count: int) -> None:
     spacegroups = pa.array(rng.integers(1, 231, count), pa.int16())
     table = {"material_id": ids, "formula": ids, "spacegroup": spacegroups}
     pq.write_table(pa.table(table), root / "materials.parquet")
-    settings = {"neighbours": 24, "symprec": 1e-4, "spglib": "any"}
+    settings = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4, "spglib": "any"}
     with PackedWriter(root / "graphs", settings, sha256_file(root / "materials.parquet")) as writer:
         for material_id in ids:
             nodes = int(rng.integers(1, 13))

@@ -92,7 +92,7 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
             elements = np.array([Element(symbol).Z for symbol in row["species"]])
             graphs.append(crystal_graph(lattice, np.array(row["frac"]), elements))
             rows.append({"material_id": row["material_id"], "text": row.get("description")})
-    with PackedWriter(folder / "graphs", {}, "benchmark") as writer:
+    with PackedWriter(folder / "graphs", {"structure_encoder": "cogn"}, "benchmark") as writer:
         writer.append([row["material_id"] for row in rows], graphs)
     pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
 

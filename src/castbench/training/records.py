@@ -89,7 +89,7 @@ def failed(run: Run, ids: list[str], record: dict[str, Any], cost: dict[str, Any
 def write_run(
     folder: Path, record: dict[str, Any], settings: dict[str, Any], result: Result, scores: tuple[str, ...]
 ) -> None:
-    """Write the files of a run, metrics.json last.
+    """Write the files of a run, metrics.json last, and remove what a killed process left half-written.
 
     Args:
         folder: of the run.
@@ -98,6 +98,8 @@ def write_run(
         result: what became of it.
         scores: names of what validation adds to a row of the history.
     """
+    for left in folder.glob(".*.partial"):
+        left.unlink()
     write_json(folder / "config.json", settings)
     write_json(folder / "cost.json", result.cost)
     with (

@@ -50,7 +50,8 @@ def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefetch_encoder(str(results / "bert"), results.parent / "encoders" / "tiny")
     encoder = results.parent / "encoders" / "tiny"
     # The stages read their settings from here, where there is nothing yet.
-    write_json(results / "graphs" / "manifest.json", {"settings": {"neighbours": 24, "symprec": 1e-4}})
+    graphs = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4}
+    write_json(results / "graphs" / "manifest.json", {"settings": graphs})
     write_json(results / "tokens" / "manifest.json", {"format": 1, "files": {}, "max_tokens": 150})
     make_caches(materials, results, results, encoder)
     for model, seeds in MODELS.items():

@@ -16,7 +16,7 @@ from castbench.graphs.kinds import KINDS
 from castbench.models.elements import N_ELEMENTS, element_categories
 from castbench.models.structure import ENCODERS, StructureOnly, WeightedBatchNorm, edges_into
 from crystals import prototypes, varied_crystals
-from model_batches import SMALL_ENCODERS, cell_batch, graph_batch, join
+from model_batches import SMALL_ENCODERS, cell_batch, graph_batch, join, normalise_part
 
 PUBLISHED = {  # sizes, parameters
     "cogn": ({"width": 128, "depth": 5}, 697_601),
@@ -167,16 +167,6 @@ def test_weighted_normalisation_is_that_of_the_rows_spelled_out():
         torch.testing.assert_close(ours.running_mean, torchs.running_mean)
         torch.testing.assert_close(ours.running_var, torchs.running_var)
     torch.testing.assert_close(ours.eval()(rows, counts.float()), torchs.eval()(rows))
-
-
-def normalise_part(rank, address, rows, weights, results):
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    norm, part = WeightedBatchNorm(4), slice(4 * rank, 4 + 4 * rank)
-    own = rows[part].clone().requires_grad_()
-    out = norm(own, weights[part])
-    out.pow(3).sum().backward()
-    results[rank] = [x.detach().tolist() for x in (out, own.grad, norm.running_mean, norm.running_var)]
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_that_share_a_batch_share_its_statistics(tmp_path):
