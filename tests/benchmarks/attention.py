@@ -5,8 +5,8 @@
 Crystals are invented: 1 to 12 nodes, descriptions of 80 to 150 tokens, CAST of random weights with the
 fusion layers of the default configuration (4 layers of 8 heads) behind a small text encoder; every run is a
 process of its own. The alternative does the obvious: the maps of all crystals into a list, then the same
-statistics. Memory is the highest resident size of the process above that with the model and its inputs
-loaded.
+statistics. Memory is the most that the process has for itself (a sample every 10 ms), above that with the
+model loaded; pages of the memory-mapped caches, which the kernel lends and takes back, are not in it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from castbench.text.states import embed_text  # noqa: E402
 from castbench.text.tokens import tokenize_text  # noqa: E402
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, threading, time
 from pathlib import Path
 import torch
 from castbench.evaluation import attention
@@ -45,13 +45,23 @@ root, split = Path(sys.argv[1]), Path(sys.argv[2])
 caches = (root / "graphs", root / "tokens")
 encoder = root.parent / "encoder"
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+highest, ended = 0, threading.Event()
+
+def private():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def watch():
+    global highest
+    while not ended.wait(0.01):
+        highest = max(highest, private())
 
 model = load_run(root / "runs" / "band_gap" / "cast" / "0", encoder)
 crystals = Crystals(model, *caches, root / "text_states" / "0", torch.device("cpu"))
 attention.attention(model, crystals.batch(torch.arange(attention.BATCH)))
-before, start = peak(), time.perf_counter()
+before, start = private(), time.perf_counter()
+watcher = threading.Thread(target=watch)
+watcher.start()
 """
 OURS = """
 attention.extract_attention(
@@ -66,7 +76,10 @@ for weights in maps:
     attention.cosine_similarities(weights), attention.effective_tokens(weights)
 """
 TOLD = """
-print(json.dumps([peak() - before, time.perf_counter() - start]))
+spent = time.perf_counter() - start
+ended.set()
+watcher.join()
+print(json.dumps([highest - before, spent]))
 """
 
 
@@ -105,7 +118,7 @@ def invent(root: Path, count: int) -> None:
 
 
 def measure(script: str, root: Path, split: Path) -> tuple[float, float]:
-    """Peak memory in MiB above the loaded model's, and seconds, of a script."""
+    """Peak of private memory in MiB above that with the model loaded, and seconds, of a script."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOAD + script + TOLD, root, split],
