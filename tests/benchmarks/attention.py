@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import small_study  # noqa: E402
+from castbench import config as meaning  # noqa: E402
 from castbench.graphs.neighbours import CrystalGraph  # noqa: E402
 from castbench.graphs.packed import PackedWriter  # noqa: E402
 from castbench.provenance import sha256_file, write_json  # noqa: E402
@@ -110,7 +111,8 @@ def invent(root: Path, count: int) -> None:
     limit = {"max_tokens": small_study.MAX_TOKENS}
     tokenize_text(limit, root / "descriptions.parquet", encoder, root / "tokens")
     embed_text(root / "tokens", encoder, 0, root / "text_states" / "0")
-    small_study.ARCHITECTURE = yaml.safe_load((ROOT / "config.yaml").read_text())["architecture"]
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    small_study.ARCHITECTURE = meaning.architecture("cast", config)
     small_study.write_run(root / "runs" / "band_gap" / "cast" / "0", "cast", encoder)
     frame = pa.table({"material_id": ids, "split": ["test"] * count, "y_true": np.zeros(count),
                       "y_pred": rng.normal(size=count)})  # fmt: skip
