@@ -69,7 +69,8 @@ def predict(run: Path, crystals: list[Path], /, output: Path = OUTPUT, threads: 
         else:
             table.to_csv(partial, index=False, lineterminator="\n")
     for row in tables.records(table.head(SHOWN)):
-        values = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
+        known = {name: value for name, value in row.items() if isinstance(value, float) and value == value}
+        values = (f"{name} {value:.4g}" for name, value in known.items())
         log.info("%s: %s", row["formula"], ", ".join(values))
     log.info("%d predictions in %s", len(table), output)
     if failures:
