@@ -10,6 +10,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,14 @@ def take(cards: list[str], n: int) -> list[str]:
         return []
     _held.extend(held.values())
     return list(held)
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of a name (cpu, cuda or auto: a GPU where there is one), on a card taken by `take_cards`."""
+    import torch
+
+    take_cards(name)
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def visible_cards() -> list[str]:

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from castbench.compositions.descriptors import embedded_elements
 from castbench.compositions.enumerate import STEPS, Candidates, enumerate_candidates, known_elements
 from castbench.errors import InputError
-from castbench.evaluation.compositions import read_run
+from castbench.evaluation.aggregate import read_run
 from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_composition_model
 from castbench.models.composition import CompositionNetwork, Compositions

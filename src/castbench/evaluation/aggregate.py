@@ -81,6 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """metrics.json of a run folder; status "missing" where there is none."""
+    return read_json(folder / "metrics.json") or {"status": "missing", "reason": "no metrics.json"}
+
+
 def read_records(results: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Record, with `cost`, of every configured run by target, model, seed; "missing" where there is none."""
     records = []
@@ -88,13 +93,9 @@ def read_records(results: Path, settings: dict[str, Any]) -> list[dict[str, Any]
         for model in ordered_models(settings):
             for seed in settings["seeds"]:
                 folder = results / "runs" / target / model / str(seed)
-                record = {
-                    "status": "missing",
-                    "reason": "no metrics.json",
-                    **read_json(folder / "metrics.json"),
-                }
-                record |= {"target": target, "model": model, "seed": seed, "unit": TARGETS[target].unit}
-                records.append(record | {"cost": read_json(folder / "cost.json")})
+                record = read_run(folder) | {"target": target, "model": model, "seed": seed}
+                record |= {"unit": TARGETS[target].unit, "cost": read_json(folder / "cost.json")}
+                records.append(record)
     return records
 
 

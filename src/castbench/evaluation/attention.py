@@ -16,10 +16,10 @@ from pymatgen.core import Element
 from safetensors.numpy import save
 from torch import Tensor
 
-from castbench.cards import take_cards
+from castbench.cards import choose_device
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import read_errors
-from castbench.evaluation.trained import choose_device, load_run, read_run
+from castbench.evaluation.aggregate import read_errors, read_run
+from castbench.evaluation.trained import load_run
 from castbench.labels import MODELS as LABELLED
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
@@ -92,7 +92,7 @@ def extract_attention(
         states: cache of token states, for models that read them.
         device: cpu, cuda or auto.
     """
-    take_cards(device)
+    chosen = choose_device(device)
     target, record = settings["target"], json.loads(split.read_text())
     finished: dict[str, list[int]] = {}
     for name, seed in ((name, seed) for name in MODELS for seed in seeds):
@@ -110,9 +110,9 @@ def extract_attention(
         pq.ParquetWriter(partial, BY_MATERIAL) as by_material,
     ):
         for name, seed in ((name, seed) for name, found in finished.items() for seed in found):
-            model = load_run(runs / target / name / str(seed), encoder).to(choose_device(device))
+            model = load_run(runs / target / name / str(seed), encoder).to(chosen)
             assert isinstance(model, Cast)
-            crystals = Crystals(model, graphs, tokens, states, choose_device(device))
+            crystals = Crystals(model, graphs, tokens, states, chosen)
             test, _ = crystals.rows(record["test"])
             if not shown:
                 facts = crystal_facts(crystals, test, materials, tokens, runs.parent, target, seeds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from castbench.evaluation.aggregate import RESOURCES, read_json, write_csv
+from castbench.evaluation.aggregate import RESOURCES, read_json, read_run, write_csv
 from castbench.evaluation.classification import (
     calibration,
     choose_threshold,
@@ -79,14 +78,6 @@ def pair(predictions: pd.DataFrame, target: str, part: str) -> tuple[np.ndarray,
     """True and predicted values (n,) of a part, where the true one is known."""
     chosen = predictions[predictions["split"] == part].dropna(subset=[f"{target}_true"])
     return chosen[f"{target}_true"].to_numpy(), chosen[f"{target}_pred"].to_numpy()
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The record of a run; status "missing" where there is none."""
-    file = folder / "metrics.json"
-    if not file.exists():
-        return {"status": "missing", "reason": "no metrics.json"}
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # --- tables over all runs -------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from sklearn import metrics
 
-from castbench.evaluation.aggregate import RESOURCES, ordered_models, read_json, write_csv
+from castbench.evaluation.aggregate import RESOURCES, ordered_models, read_json, read_run, write_csv
 from castbench.labels import FOLDS, MATBENCH, MODELS, fold_name
 from castbench.provenance import atomic_path, code_version, package_versions, sha256_json
 
@@ -41,11 +40,11 @@ def aggregate_matbench(settings: dict[str, Any], results: Path) -> None:
         results: folder of the data set.
     """
     rows: list[dict[str, Any]] = []
+    truths = {task: pd.read_parquet(results / "matbench" / f"{task}.parquet") for task in settings["targets"]}
     for model in ordered_models(settings):
         for seed in settings["seeds"]:
             tasks = {}
-            for task in settings["targets"]:
-                truth = pq.read_table(results / "matbench" / f"{task}.parquet").to_pandas()
+            for task, truth in truths.items():
                 folds = [read_fold(results, task, k, model, seed, truth) for k in range(FOLDS)]
                 rows += [row for row, _ in folds]
                 if all(data is not None for _, data in folds):
@@ -82,7 +81,7 @@ def read_fold(
         truth: material_id, value and fold of every record of the task.
     """
     folder = results / "runs" / fold_name(task, fold) / model / str(seed)
-    record = {"status": "missing", "reason": "no metrics.json"} | read_json(folder / "metrics.json")
+    record = read_run(folder)
     kind = MATBENCH[task].task
     row: dict[str, Any] = {"task": task, "fold": fold, "unit": MATBENCH[task].unit}
     row |= {"model": model, "seed": seed, "status": record["status"], "reason": record["reason"]}

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from castbench.errors import InputError
+from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.new_crystals import (
     make_caches,
     make_states,
@@ -18,7 +19,7 @@ from castbench.evaluation.new_crystals import (
     run_encoder,
     write_materials,
 )
-from castbench.evaluation.trained import load_run, read_config, read_run
+from castbench.evaluation.trained import load_run, read_config
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.structures import RecordError
 from castbench.models import COMPOSITION_REGISTRY

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from castbench.cards import take_cards
+from castbench.cards import choose_device
+from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import check_tokens, read_texts
-from castbench.evaluation.trained import choose_device, load_run, read_run
+from castbench.evaluation.trained import load_run
 from castbench.labels import TARGETS
 from castbench.materials.targets import target_values
 from castbench.models.base import Network
@@ -88,7 +89,6 @@ def probe_text(
         output: Parquet file, see `SCHEMA`; without rows of runs that did not finish.
         device: cpu, cuda or auto.
     """
-    take_cards(device)
     wanted = json.loads(split.read_text(encoding="utf-8"))["test"]
     packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
     with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:

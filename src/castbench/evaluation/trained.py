@@ -4,22 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from castbench.models import build_model, build_pretraining
 from castbench.models.base import Network
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """metrics.json of a run folder; status "missing" where there is none."""
-    file = run / "metrics.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"status": "missing"}
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; auto is a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def read_config(run: Path) -> dict[str, Any]:

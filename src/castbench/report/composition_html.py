@@ -10,22 +10,13 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 
 from castbench.config import composition_summary
-from castbench.deviations import deviations
 from castbench.evaluation.aggregate import read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
 from castbench.report import tables
 from castbench.report.composition_figures import POOLS, label, stability_rule, trained
-from castbench.report.html import (
-    DOWNLOADS,
-    data_uri,
-    distinct,
-    embed,
-    kind_of_run,
-    write_page,
-)
+from castbench.report.html import embed, kind_of_run, provenance, write_page
 
 log = logging.getLogger(__name__)
 PLOTTED = 20_000  # candidates of the interactive plot, the first by rank
@@ -92,16 +83,8 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "ranked": tables.records(pd.read_csv(ranked).head(50)),
         "points": plot_points(results / "screening" / "candidates.parquet"),
         "plotted": PLOTTED,
-        "deviations": deviations("compositions"),
-        "versions": distinct(records, "versions"),
-        "hardware": distinct([record["cost"] for record in records], "hardware"),
-        "commits": sorted({str(record.get("commit")) for record in records}),
         "architecture": {name: config["compositions"][name] for name in ("edm_transformer", "training")},
-        "configuration": yaml.safe_dump(config, sort_keys=False),
-        "downloads": [
-            (file.name, data_uri(file.read_bytes(), DOWNLOADS[file.suffix]), file.stat().st_size)
-            for file in [*sorted(folder.glob("*.csv")), ranked]
-        ],
+        **provenance(config, "compositions", records, [*sorted(folder.glob("*.csv")), ranked]),
     }
 
 

@@ -180,16 +180,33 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "seconds": runs["seconds"].sum(),
         "pretraining": pretraining_rows(folder / "pretraining.csv"),
         "attention": attention_summary(results),
-        "deviations": deviations("cast"),
-        "versions": distinct(finished, "versions"),
-        "hardware": distinct([record["cost"] for record in finished], "hardware"),
-        "commits": sorted({str(record.get("commit")) for record in finished}),
         "inputs": distinct(finished, "inputs"),
+        **provenance(
+            config, "cast", finished, [file for file in sorted(folder.iterdir()) if file.suffix in DOWNLOADS]
+        ),
+    }
+
+
+def provenance(
+    config: dict[str, Any], study: str, records: list[dict[str, Any]], files: list[Path]
+) -> dict[str, Any]:
+    """What every report says of its runs: where they depart, how they were made; and `files` to download.
+
+    Args:
+        config: the whole configuration.
+        study: of `deviations`.
+        records: of the runs, with `cost`.
+        files: of kinds in `DOWNLOADS`.
+    """
+    return {
+        "deviations": deviations(study),
+        "versions": distinct(records, "versions"),
+        "hardware": distinct([record["cost"] for record in records], "hardware"),
+        "commits": sorted({str(record.get("commit")) for record in records}),
         "configuration": yaml.safe_dump(config, sort_keys=False),
         "downloads": [
             (file.name, data_uri(file.read_bytes(), DOWNLOADS[file.suffix]), file.stat().st_size)
-            for file in sorted(folder.iterdir())
-            if file.suffix in DOWNLOADS
+            for file in files
         ],
     }
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from castbench.evaluation.aggregate import read_json
 from castbench.labels import MATBENCH, MODELS
 from castbench.report import tables
-from castbench.report.html import DOWNLOADS, data_uri, deviations, distinct, write_page
+from castbench.report.html import provenance, write_page
 
 log = logging.getLogger(__name__)
 TABLES = ("matbench", "matbench_folds")
@@ -59,16 +58,8 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "filled": int(sum(row["filled"] for row in folds if not math.isnan(row["filled"]))),
         "materials": manifest,
         "graphs": read_json(results / "graphs" / "manifest.json"),
-        "deviations": deviations("matbench"),
-        "versions": distinct(records, "versions"),
-        "hardware": distinct([record["cost"] for record in records], "hardware"),
-        "commits": sorted({str(record.get("commit")) for record in records}),
         "training": config["training"] | config["matbench"],
-        "configuration": yaml.safe_dump(config, sort_keys=False),
-        "downloads": [
-            (file.name, data_uri(file.read_bytes(), DOWNLOADS[file.suffix]), file.stat().st_size)
-            for file in files
-        ],
+        **provenance(config, "matbench", records, files),
     }
 
 

@@ -78,17 +78,15 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
     """
     import torch
 
-    from castbench.cards import take_cards
+    from castbench.cards import choose_device
     from castbench.text.encoders import LayeredEncoder
 
     packed = PackedTokens.open(tokens)
     checksum = read_encoder(encoder)["checksum"]
     if packed.manifest["encoder"]["checksum"] != checksum:
         raise InputError(f"{tokens}: tokens of another encoder than {encoder}; run tokenize_text again")
-    take_cards(device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LayeredEncoder.from_folder(encoder).to(device)
+    chosen = choose_device(device)
+    model = LayeredEncoder.from_folder(encoder).to(chosen)
     layer = model.n_layers - remaining
     if not 0 <= layer <= model.n_layers:
         raise InputError(f"embed_text: {remaining} layers cannot remain; the encoder has {model.n_layers}")
@@ -110,8 +108,8 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
             ids_BT = np.zeros((len(batch), lengths[batch].max()), dtype=np.int64)
             for row, group in enumerate(batch):
                 ids_BT[row, : lengths[group]] = packed[firsts[group]]
-            mask_BT = torch.from_numpy(np.arange(ids_BT.shape[1]) < lengths[batch, None]).to(device)
-            hidden_BTd = model.embed(torch.from_numpy(ids_BT).to(device))
+            mask_BT = torch.from_numpy(np.arange(ids_BT.shape[1]) < lengths[batch, None]).to(chosen)
+            hidden_BTd = model.embed(torch.from_numpy(ids_BT).to(chosen))
             hidden_BTd = round_states(model.run(hidden_BTd, mask_BT, 0, layer))
             if not torch.isfinite(hidden_BTd[mask_BT]).all():
                 raise InputError(f"{encoder}: hidden states are not finite; use another encoder")

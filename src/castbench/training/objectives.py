@@ -76,11 +76,15 @@ class Regression(Objective):
         super().__init__(train, validation, training["batch_size"])
         self.crystals = crystals
         self.values = values
-        self.loss_function = LOSSES[training["loss"]]
+        self.loss_function = self.choose_loss(training)
         of_train = values[train.numpy()]
         self.mean = float(of_train.mean())
         self.std = float(of_train.std()) or 1.0
         self.targets = self.scaled(values).to(crystals.device)
+
+    def choose_loss(self, training: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss () of predictions and what they are to be."""
+        return LOSSES[training["loss"]]
 
     def scaled(self, values: np.ndarray) -> Tensor:
         """What the network is to predict (G,), float32."""
@@ -123,16 +127,9 @@ class Classification(Regression):
     selects = "validation_loss"
     main = "roc_auc"
 
-    def __init__(
-        self,
-        crystals: Crystals,
-        values: np.ndarray,
-        train: Tensor,
-        validation: Tensor,
-        training: dict[str, Any],
-    ):
-        super().__init__(crystals, values, train, validation, training)
-        self.loss_function = functional.binary_cross_entropy_with_logits
+    def choose_loss(self, training: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Cross-entropy of logits."""
+        return functional.binary_cross_entropy_with_logits
 
     def scaled(self, values: np.ndarray) -> Tensor:
         """The classes (G,), float32."""

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.evidence import tabulate_evidence
 from castbench.evaluation.probes import (
     DRAWS,
@@ -17,7 +18,6 @@ from castbench.evaluation.probes import (
     spearman,
 )
 from castbench.evaluation.text_attention import extract_text_attention
-from castbench.evaluation.trained import read_run
 from castbench.provenance import write_json
 from castbench.text.reading import LABELS, SPECIAL, Reader
 from castbench.training.dataset import Crystals
