@@ -2,6 +2,9 @@
 
     python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9] [--only cogn cast lora seeds]
 
+With --inputs FOLDER they are kept there, so that a machine that has neither the data nor pymatgen can read
+what another made.
+
 Real crystals of ../shared/data, batches of 64, loading included, the same batches for every alternative.
 The plain loop of coGN is torch-geometric's DataLoader over a Data object a crystal, and the model as a
 MessagePassing layer on concatenated states; that of LoRA is transformers' BertModel with peft, each batch
@@ -18,6 +21,7 @@ it goes as far as a cache holds what the next operation reads.
 import argparse
 import itertools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -30,9 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import zstandard
 from peft import LoraConfig, get_peft_model
-from pymatgen.core import Element, Lattice
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +49,6 @@ from transformers import AutoModel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-from castbench.graphs.neighbours import crystal_graph  # noqa: E402
 from castbench.graphs.packed import NODE_ARRAYS, PackedGraphs, PackedWriter  # noqa: E402
 from castbench.models import build_model  # noqa: E402
 from castbench.models.cogn import CUTOFF, N_BASIS  # noqa: E402
@@ -84,6 +85,11 @@ Steps = Iterator[None]  # takes a training step each time it is asked
 
 def write_crystals(name: str, n: int, folder: Path) -> None:
     """Graphs, and descriptions.parquet, of about n crystals evenly spread over a file of ../shared/data."""
+    import zstandard  # not needed where inputs are only read, as are the next
+    from pymatgen.core import Element, Lattice
+
+    from castbench.graphs.neighbours import crystal_graph
+
     graphs, rows = [], []
     with zstandard.open(DATA / f"{name}.jsonl.zst", "rt") as lines:
         every = max(ROWS[name] // n, 1)
@@ -95,6 +101,14 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
     with PackedWriter(folder / "graphs", {"structure_encoder": "cogn"}, "benchmark") as writer:
         writer.append([row["material_id"] for row in rows], graphs)
     pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
+
+
+def write_inputs(n: int, folder: Path) -> None:
+    """Crystals of both files, and the text encoder's vocabulary."""
+    for name in ROWS:
+        (folder / name).mkdir(parents=True)
+        write_crystals(name, n, folder / name)
+    shutil.copyfile(DATA / "scivocab_uncased.txt", folder / "vocabulary.txt")
 
 
 class PlainBlock(MessagePassing):
@@ -380,6 +394,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="alone on a machine: 1 2")
+    parser.add_argument("--inputs", help="folder that keeps the inputs")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each alternative")
     parser.add_argument("--crystals", type=int, default=512, help="of each file")
     parser.add_argument("--only", nargs="+", default=["cogn", "cast", "lora", "seeds"], help="of these")
@@ -388,11 +403,12 @@ def main() -> None:
     device, rounds = torch.device(arguments.device), arguments.rounds
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        mp36k, elastic4, encoder = (Path(scratch) / name for name in ("mp36k", "elastic4", "encoder"))
-        for folder in (mp36k, elastic4):
-            folder.mkdir()
-            write_crystals(folder.name, arguments.crystals, folder)
-        vocabulary = (DATA / "scivocab_uncased.txt").read_text(encoding="utf-8").splitlines()
+        inputs = Path(arguments.inputs or scratch) / "inputs"
+        if not inputs.exists():
+            write_inputs(arguments.crystals, inputs)
+        work = Path(shutil.copytree(inputs, Path(scratch) / "work"))
+        mp36k, elastic4, encoder = (work / name for name in ("mp36k", "elastic4", "encoder"))
+        vocabulary = (work / "vocabulary.txt").read_text(encoding="utf-8").splitlines()
         make_random_bert(Path(scratch) / "bert", vocabulary)
         prefetch_encoder(f"{Path(scratch) / 'bert'}@random", encoder)
         write_text(elastic4, encoder)
