@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from lightning_fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,6 +51,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from castbench.graphs.packed import NODE_ARRAYS, PackedGraphs, PackedWriter  # noqa: E402
 from castbench.models import build_model  # noqa: E402
+from castbench.models.base import Network  # noqa: E402
 from castbench.models.cogn import CUTOFF, N_BASIS  # noqa: E402
 from castbench.models.elements import N_ELEMENTS, element_facts  # noqa: E402
 from castbench.models.heads import Regression, dense  # noqa: E402
@@ -59,15 +60,22 @@ from castbench.text import read_encoder  # noqa: E402
 from castbench.text.encoders import prefetch_encoder  # noqa: E402
 from castbench.text.packed import write_manifest  # noqa: E402
 from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
+from castbench.training import objectives  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
-from castbench.training.loop import MAX_GRADIENT_NORM, make_optimizer  # noqa: E402
+from castbench.training.loop import MAX_GRADIENT_NORM, Trainer  # noqa: E402
 from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 ROWS = {"elastic4": 2880, "mp36k": 33124}
 BATCH, WIDTH, DEPTH, HIDDEN = 64, 128, 5, 4
-RATES = {"learning_rate": 5e-4, "lora_learning_rate": 1e-4, "weight_decay": 1e-2}
+RATES = {
+    "learning_rate": 5e-4,
+    "lora_learning_rate": 1e-4,
+    "weight_decay": 1e-2,
+    "warmup_steps": 0,
+    "cycles": 1,
+}
 ARCHITECTURE: dict[str, Any] = {
     "cogn": {"width": WIDTH, "depth": DEPTH},
     "lora": {"rank": 8, "alpha": 16, "dropout": 0.05, "layers": "all"},
@@ -79,7 +87,7 @@ ARCHITECTURE: dict[str, Any] = {
 FLOOR = dict.fromkeys(
     ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded"), (0.0, 0.0)
 )
-FULL = nullcontext()  # float32
+WARM = 60  # steps on a GPU before any is timed: batches of most shapes have been recorded then
 Steps = Iterator[None]  # takes a training step each time it is asked
 
 
@@ -195,49 +203,57 @@ def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[
         yield
 
 
-def our_steps(
-    network: Any, crystals: Crystals, targets: Tensor, size: int = BATCH, half: Any = FULL
-) -> Steps:
-    """Steps as `Trainer.advance` takes them."""
-    optimizer = make_optimizer(network, RATES)
-    network.train()
-    for rows in shuffled(len(targets), size):
-        with half:
-            predicted = network(crystals.batch(rows)).float()
-        loss = functional.l1_loss(predicted, targets[rows])
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+def our_steps(network: Network, crystals: Crystals, size: int = BATCH, precision: Any = "32-true") -> Steps:
+    """Steps of `Trainer` on random targets; the first is not recorded on a GPU, so that it can be counted."""
+    fabric = Fabric(accelerator=crystals.device.type, devices=1, precision=precision)
+    every = torch.arange(len(crystals.material_ids))
+    values = np.random.default_rng(0).normal(size=len(every))
+    objective = objectives.Regression(crystals, values, every, every[:0], {"batch_size": size, "loss": "l1"})
+    trainer = Trainer(network, objective, RATES, 1, 0, fabric, Path("not written"), "benchmark")
+    trainer.module.train()
+    recorder, trainer.recorder = trainer.recorder, None
+    trainer.rate_factor = lambda step: 1.0  # type: ignore[method-assign]
+    for rows in shuffled(len(every), size):
+        trainer.advance(rows)
+        trainer.recorder = recorder
         yield
 
 
 def seconds_each(
     steps: dict[str, Steps], rounds: int, device: torch.device, threads: int
 ) -> dict[str, float]:
-    """Median seconds of a step of each, taken in turns."""
+    """Median seconds of a step of each, taken in turns: one step, or ten on a GPU, which runs behind."""
     clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    warm, together = (1, 1) if device.type == "cpu" else (WARM, 10)
     found: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         if name in FLOOR:
             FLOOR[name] = count(step)
-    for number in range(rounds + 1):  # the first warms up
-        for name, step in steps.items():
-            start = clock()
+        for _ in range(warm):
             next(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                found[name].append(clock() - start)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            wait(device)
+            start = clock()
+            for _ in range(together):
+                next(step)
+            wait(device)
+            found[name].append((clock() - start) / together)
     return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def compare_cogn(folder: Path, device: torch.device, rounds: int, threads: int) -> dict[str, float]:
     """Seconds of coGN's step, ours and plain ones, on crystals like the Materials Project's."""
-    network = build_model("structure_only", ARCHITECTURE, None).to(device)
+    network = build_model("structure_only", ARCHITECTURE, None)
     crystals = Crystals(network, folder / "graphs", None, None, device)  # type: ignore[arg-type]
     targets = torch.randn(len(crystals.material_ids), device=device)
-    steps = {"coGN, castbench": our_steps(network, crystals, targets)}
+    steps = {"coGN, castbench": our_steps(network, crystals)}
     graphs = PackedGraphs.open(folder / "graphs")
     for name, merged in (("an edge a neighbour", False), ("equal edges merged", True)):
         plain = PlainCoGN().to(device)
@@ -266,15 +282,14 @@ def write_text(folder: Path, encoder: Path) -> None:
 
 
 def compare_cast(
-    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int
+    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, precision: str
 ) -> dict[str, float]:
     """Seconds of the step of CAST on cached token states, and of coGN alone, on the same crystals."""
     steps = {}
     for name, model in (("coGN alone", "structure_only"), ("CAST, frozen text", "cast_scratch")):
-        network = build_model(model, ARCHITECTURE, encoder).to(device)
+        network = build_model(model, ARCHITECTURE, encoder)
         crystals = Crystals(network, folder / "graphs", folder / "tokens", folder / "states", device)
-        targets = torch.randn(len(crystals.material_ids), device=device)
-        steps[name] = our_steps(network, crystals, targets)
+        steps[name] = our_steps(network, crystals, precision=precision)
     return seconds_each(steps, rounds, device, threads)
 
 
@@ -317,9 +332,9 @@ def compare_lora(
         with half:
             return plain(ids, mask).float(), y
 
-    network = build_model("text_only", ARCHITECTURE, encoder).to(device)
+    network = build_model("text_only", ARCHITECTURE, encoder)
     crystals = Crystals(network, folder / "graphs", folder / "tokens", None, device)
-    steps = our_steps(network, crystals, torch.randn(len(crystals.material_ids), device=device), size, half)
+    steps = our_steps(network, crystals, size, "bf16-mixed" if device.type == "cuda" else "32-true")
     return seconds_each(
         {"LoRA, castbench": steps, "LoRA, padded": plain_steps(plain, plain_texts(folder, size), predict)},
         rounds, device, threads,
@@ -335,14 +350,16 @@ def compare_seeds(
     for name, together in (("three seeds, one after another", 1), ("three seeds, side by side", seeds)):
         runs = []
         for _ in range(seeds):
-            network = build_model("structure_only", ARCHITECTURE, None).to(device)
+            network = build_model("structure_only", ARCHITECTURE, None)
             crystals = Crystals(network, folder / "graphs", None, None, device)  # type: ignore[arg-type]
-            targets = torch.randn(len(crystals.material_ids), device=device)
-            runs.append(itertools.islice(our_steps(network, crystals, targets), steps))
+            runs.append(our_steps(network, crystals))
+        take_turns(
+            [itertools.islice(run, 1 if device.type == "cpu" else WARM) for run in runs], together, device
+        )
+        wait(device)
         start = clock()
-        take_turns(runs, together, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        take_turns([itertools.islice(run, steps) for run in runs], together, device)
+        wait(device)
         found[name] = (clock() - start) / steps
     return found
 
@@ -425,10 +442,14 @@ def main() -> None:
                 print(f"ratio {plain / ours:.2f}; {merged / ours:.2f} to the plain loop on our merged edges")
                 last = f"ratio {plain / ours:.2f} (coGN training steps a second, against torch-geometric)"
             if "cast" in arguments.only:
-                found = compare_cast(elastic4, encoder, device, rounds, threads)
-                show(on, found, limits)
-                alone, cast = found.values()
-                print(f"ratio {alone / cast:.2f} (CAST with frozen text, steps a second, against coGN alone)")
+                for precision in ("32-true", "bf16-mixed") if device.type == "cuda" else ("32-true",):
+                    found = compare_cast(elastic4, encoder, device, rounds, threads, precision)
+                    show(on, found, limits)
+                    alone, cast = found.values()
+                    print(
+                        f"ratio {alone / cast:.2f} (CAST with frozen text, steps a second, against coGN "
+                        f"alone, {precision})"
+                    )
             if "lora" in arguments.only:
                 found = compare_lora(elastic4, encoder, device, max(rounds // 3, 1), threads, arguments.texts)
                 show(on, found, limits)

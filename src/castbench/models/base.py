@@ -23,7 +23,7 @@ class Outcome:
 
     loss: Tensor
     correct: Tensor
-    count: int
+    count: Tensor
 
 
 class Network(nn.Module):
@@ -49,6 +49,11 @@ class Network(nn.Module):
     def structure_encoder(self) -> str | None:
         """Name of the structure encoder, whose graphs are read."""
         return None if self.structure is None else self.structure.name
+
+    @property
+    def takes_padded(self) -> bool:
+        """Whether it reads padded batches, and nothing that it does depends on what only the device knows."""
+        return self.structure is not None and self.structure.takes_padded and self.text_mode != "lora"
 
     @property
     def text_mode(self) -> str:

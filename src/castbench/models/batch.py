@@ -6,7 +6,7 @@ Shapes: B crystals, N nodes, E edges and T tokens over the whole batch, d the wi
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,26 @@ ABSENT: Any = None  # typed as present, since a model reads only what it declare
 GROUP = 16  # texts that are padded to one length together
 
 
+class Sizes(NamedTuple):
+    """Shapes of a padded batch: rows of each kind, with those that pad, and the most rows of one crystal."""
+
+    crystals: int  # the one that pads not counted
+    nodes: int = 0
+    edges: int = 0
+    tokens: int = 0
+    most_nodes: int = 0
+    most_tokens: int = 0
+
+
 @dataclass(slots=True)
 class Batch:
-    """What a model may read; a part is None when the model does not declare that it needs it."""
+    """What a model may read; a part is None when the model does not declare that it needs it.
 
-    n: int  # crystals B
+    A padded batch has the shapes `sizes`, whatever its crystals: behind them stands one that is none. Its
+    nodes and edges count 0 times, so that nothing depends on them; what is computed for it is thrown away.
+    """
+
+    n: int  # crystals B, with one that pads
     atomic_numbers: Tensor = ABSENT  # (N,) int64
     multiplicities: Tensor = ABSENT  # (N,) atoms of the cell that a node stands for
     node_offsets: Tensor = ABSENT  # (B + 1,) int64
@@ -32,6 +47,11 @@ class Batch:
     vectors: Tensor = ABSENT  # (E, 3) from the target to the source, angstrom
     edge_reverse: Tensor = ABSENT  # (E,) int64, edge index within the batch
     ridge_areas: Tensor = ABSENT  # (E,) square angstrom
+    # Of a padded batch: edges into node n are edge_starts[n]:edge_starts[n + 1], and edges out of it
+    # source_order[source_starts[n]:source_starts[n + 1]]; those that pad are in none.
+    edge_starts: Tensor = ABSENT  # (N + 1,) int64
+    source_order: Tensor = ABSENT  # (E,) int64
+    source_starts: Tensor = ABSENT  # (N + 1,) int64
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
@@ -40,6 +60,13 @@ class Batch:
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
     # Of a batch that several processes share: crystals before these, and in all; None where it is whole.
     place: tuple[int, int] | None = None
+    # Of a padded batch, whose last crystal is none: what its sizes depend on is known on the host.
+    sizes: Sizes | None = None
+
+    @property
+    def real(self) -> int:
+        """Crystals without the one that pads."""
+        return self.n - (self.sizes is not None)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -80,6 +107,62 @@ def gather_block(packed: Tensor, offsets: Tensor, crystals: Tensor) -> tuple[Ten
     mask = places < lengths[:, None]
     places = (offsets[crystals][:, None] + places).clamp_(max=len(packed) - 1)
     return packed.index_select(0, places.flatten()).unflatten(0, mask.shape), mask
+
+
+class Block:
+    """The way between packed rows (R, d) of a padded batch and a block (B, L, d), of shapes known before.
+
+    Each way is a gathering whose gradient is the other: nothing is added up. For that the block's rows that
+    are not the crystal's must take no part in what is computed of it.
+
+    Attributes:
+        mask: (B, L), true at rows of the crystal; elsewhere in the block stand those of others.
+
+    Args:
+        offsets: (B + 1,) of the crystals.
+        rows: R.
+        most: L. Of the crystal that pads, rows beyond stand for others.
+    """
+
+    def __init__(self, offsets: Tensor, rows: int, most: int):
+        places = torch.arange(most, device=offsets.device)
+        self.mask = places < offsets.diff()[:, None]
+        self.rows = (offsets[:-1, None] + places).clamp(max=rows - 1)
+        row = torch.arange(rows, device=offsets.device)
+        owner = torch.searchsorted(offsets[1:], row, right=True)
+        self.places = owner * most + (row - offsets[owner]).clamp(max=most - 1)
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """Packed rows (R, d) as a block (B, L, d)."""
+        return _Padded.apply(packed, self)
+
+    def packed(self, block: Tensor) -> Tensor:
+        """A block (B, L, d) as packed rows (R, d)."""
+        return _Packed.apply(block, self)
+
+
+class _Padded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, block: Block) -> Tensor:
+        ctx.block = block
+        return packed.index_select(0, block.rows.flatten()).unflatten(0, block.rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].flatten(0, 1).index_select(0, ctx.block.places), None
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, block: Block) -> Tensor:
+        ctx.block = block
+        return padded.flatten(0, 1).index_select(0, block.places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        block = ctx.block
+        rows = gradients[0].index_select(0, block.rows.flatten()).unflatten(0, block.rows.shape)
+        return rows * block.mask.unsqueeze(-1), None
 
 
 def unpad(block: Tensor, offsets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from castbench.models.batch import Batch
 from castbench.models.elements import N_ELEMENTS, element_facts
 from castbench.models.heads import dense
-from castbench.models.messages import Messages
+from castbench.models.messages import Messages, SortedMessages
 from castbench.models.structure import StructureEncoder, gaussians
 
 CUTOFF = 8.0  # angstrom, the last centre of the distance basis
@@ -46,10 +46,13 @@ class MessageBlock(nn.Module):
         weights = torch.stack([layer.weight for layer in hidden])
         biases = torch.stack([layer.bias for layer in hidden])
         kind = to_receiver.dtype  # that of autocast, where it is on
-        received = Messages.apply(
-            basis.to(kind), batch.edge_multiplicities, batch.edge_source, batch.edge_target,
-            to_receiver, to_sender, weight.to(kind), bias.to(kind), weights.to(kind), biases.to(kind),
-        )  # fmt: skip
+        graph = basis.to(kind), batch.edge_multiplicities, batch.edge_source, batch.edge_target
+        own = to_receiver, to_sender, *(part.to(kind) for part in (weight, bias, weights, biases))
+        if batch.edge_starts is None:
+            received = Messages.apply(*graph, *own)
+        else:
+            order = batch.edge_starts, batch.source_order, batch.source_starts
+            received = SortedMessages.apply(*graph, *order, *own)
         return nodes + functional.silu(self.update(received))
 
 
@@ -69,13 +72,15 @@ class ElementInput(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """States (N, width)."""
         elements = self.linear(torch.cat([self.embedding.weight[:N_ELEMENTS], self.facts], dim=1))
-        return elements.index_select(0, batch.atomic_numbers - 1)
+        chosen = functional.one_hot(batch.atomic_numbers - 1, N_ELEMENTS)  # a product adds in a fixed order
+        return chosen.to(elements.dtype) @ elements
 
 
 class CoGN(StructureEncoder):
     """coGN; `pooled` makes no difference, since the crystal vector is the mean of the nodes."""
 
     name = "cogn"
+    takes_padded = True
     centres: Tensor
 
     def __init__(self, width: int, depth: int, pooled: bool = True):

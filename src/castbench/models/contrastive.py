@@ -24,7 +24,7 @@ def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
         functional.cross_entropy(similarity, partner) + functional.cross_entropy(similarity.T, partner)
     ) / 2
     hits = (similarity.argmax(dim=1) == partner).sum() + (similarity.argmax(dim=0) == partner).sum()
-    return Outcome(loss, hits / 2, len(a))
+    return Outcome(loss, hits / 2, partner.new_tensor(len(a)))
 
 
 class ContrastivePretraining(Network):
@@ -47,6 +47,7 @@ class ContrastivePretraining(Network):
         the reverse.
         """
         crystals, texts = self.structure(batch), self.project_text(self.text.cls(batch))
+        crystals, texts = crystals[: batch.real], texts[: batch.real]
         if batch.place is not None:  # the partners of other processes are candidates too
             crystals, texts = gathered(crystals, batch.place), gathered(texts, batch.place)
         return info_nce(crystals, texts, self.temperature)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch, gather_block, pad, rows_of, unpad
+from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense
 from castbench.models.structure import build_structure_encoder
@@ -55,8 +55,14 @@ class CrossAttentionLayer(nn.Module):
         q_BHNd, k_BHTd, v_BHTd = map(self._split, (self.query(self.norm(h_BND)), k_BTD, v_BTD))
         mask_B11T = mask_BT[:, None, None, :]
         attended_BHNd, weights_BHNT = attend(q_BHNd, k_BHTd, v_BHTd, mask_B11T, weights)
-        h_BND = h_BND + self.dropout(self.output(attended_BHNd.transpose(1, 2).flatten(2)))
-        return h_BND + self.dropout(self.feedforward(h_BND)), weights_BHNT
+        return self._updated(h_BND, attended_BHNd.transpose(1, 2).flatten(2)), weights_BHNT
+
+    def attend_blocks(self, h_ND: Tensor, k_TD: Tensor, v_TD: Tensor, nodes: Block, tokens: Block) -> Tensor:
+        """The same of packed node states (N, n_node), keys and values (T, width), padded to attend."""
+        q_BND = nodes.padded(self.query(self.norm(h_ND)))
+        parts = (self._split(part) for part in (q_BND, tokens.padded(k_TD), tokens.padded(v_TD)))
+        attended_BHNd, _ = attend(*parts, tokens.mask[:, None, None, :], weights=False)
+        return self._updated(h_ND, nodes.packed(attended_BHNd.transpose(1, 2).flatten(2)))
 
     def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:
         """The same node states from token states (B, T, n_text), of which no keys and values are made.
@@ -79,8 +85,11 @@ class CrossAttentionLayer(nn.Module):
         found_BHNE = (shares_BST @ tokens_BTE).unflatten(1, (heads, -1))
         attended_HMd = found_BHNE.transpose(0, 1).flatten(1, 2) @ value_HdE.mT
         attended_BND = attended_HMd.transpose(0, 1).reshape(*h_BND.shape[:2], -1) + self.value.bias
-        h_BND = h_BND + self.dropout(self.output(attended_BND))
-        return h_BND + self.dropout(self.feedforward(h_BND))
+        return self._updated(h_BND, attended_BND)
+
+    def _updated(self, h: Tensor, attended: Tensor) -> Tensor:
+        h = h + self.dropout(self.output(attended))
+        return h + self.dropout(self.feedforward(h))
 
     def _split(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -97,6 +106,8 @@ class Fusion(nn.ModuleList):
 
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
         """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text)."""
+        if batch.sizes is not None:
+            return self._fuse_padded(nodes, tokens, batch, batch.sizes)
         fused, places = [], []
         for crystals in self._groups(batch):
             rows, node_offsets = rows_of(batch.node_offsets, crystals)
@@ -113,6 +124,16 @@ class Fusion(nn.ModuleList):
             fused.append(unpad(h_BND, node_offsets))
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
+
+    def _fuse_padded(self, h_ND: Tensor, tokens_TE: Tensor, batch: Batch, sizes: Sizes) -> Tensor:
+        """The same of a padded batch, without the host having to know more than its sizes."""
+        nodes = Block(batch.node_offsets, sizes.nodes, sizes.most_nodes)
+        tokens = Block(batch.token_offsets, sizes.tokens, sizes.most_tokens)
+        layers: list[Any] = list(self)
+        keys_and_values = self._keys_and_values(tokens_TE.to(product_type(h_ND)))
+        for layer, k_TD, v_TD in zip(layers, keys_and_values[::2], keys_and_values[1::2], strict=True):
+            h_ND = layer.attend_blocks(h_ND, k_TD, v_TD, nodes, tokens)
+        return h_ND
 
     def _groups(self, batch: Batch) -> list[Tensor]:
         """Crystals that are padded to one size together: those of like size, so that it costs the least."""
@@ -145,19 +166,22 @@ class Fusion(nn.ModuleList):
         self, h_BND: Tensor, tokens_BTD: Tensor, mask_BT: Tensor, weights: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
-        # Keys and values of all layers in one product: they depend on the text alone.
         layers: list[Any] = list(self)
-        projections = [part for layer in layers for part in (layer.key, layer.value)]
-        weight = torch.cat([part.weight for part in projections])
-        bias = torch.cat([part.bias for part in projections])
-        tokens_BTD = tokens_BTD.to(product_type(h_BND))
-        kv_BTD = functional.linear(tokens_BTD, weight, bias).chunk(len(projections), dim=-1)
+        kv_BTD = self._keys_and_values(tokens_BTD.to(product_type(h_BND)))
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
             h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
             if weights_BHNT is not None:
                 maps.append(weights_BHNT)
         return h_BND, maps
+
+    def _keys_and_values(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (..., width) of each layer in turn, in one product: they depend on text alone."""
+        layers: list[Any] = list(self)
+        projections = [part for layer in layers for part in (layer.key, layer.value)]
+        weight = torch.cat([part.weight for part in projections])
+        bias = torch.cat([part.bias for part in projections])
+        return functional.linear(tokens, weight, bias).chunk(len(projections), dim=-1)
 
 
 def product_type(states: Tensor) -> torch.dtype:
@@ -223,7 +247,8 @@ class MaskedNodePretraining(CrossAttentionNetwork):
 
     def forward(self, batch: Batch) -> Outcome:
         """Cross-entropy over the masked nodes of the batch; `correct` counts those named right."""
-        logits = self.logits(batch)[batch.masked_nodes]
-        elements = batch.atomic_numbers[batch.masked_nodes] - 1
-        loss = functional.cross_entropy(logits, elements)
-        return Outcome(loss, (logits.argmax(dim=1) == elements).sum(), len(elements))
+        logits, elements = self.logits(batch), batch.atomic_numbers - 1
+        count = batch.masked_nodes.sum()
+        each = functional.cross_entropy(logits, elements, reduction="none")
+        right = (logits.argmax(dim=1) == elements) & batch.masked_nodes
+        return Outcome((each * batch.masked_nodes).sum() / count, right.sum(), count)

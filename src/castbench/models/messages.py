@@ -3,7 +3,8 @@
 The network of a message is an MLP whose first layer is linear in edge, receiver and sender, so that the parts
 of the nodes are computed once a node and gathered. On the CPU, edges go through all layers a few at a time:
 what one layer writes the next still finds in the cache. Only the inputs of the activations are kept for the
-backward pass, half of what autograd would keep.
+backward pass, half of what autograd would keep. On a GPU, edges of padded batches are summed in order, each
+node's one after the other, so that no two threads add to one place and the bits are always the same.
 """
 
 from __future__ import annotations
@@ -85,6 +86,84 @@ class Messages(torch.autograd.Function):
             of_sender.index_add_(0, source[part], before.to(m.dtype))
         nodes = of_receiver.to(weights.dtype), of_sender.to(weights.dtype)
         return None, None, None, None, *nodes, of_weight, of_biases[0], of_weights, of_biases[1:]
+
+
+class SortedMessages(torch.autograd.Function):
+    """The same of a padded batch, whose edges are sorted by target.
+
+    Further args of `apply`, behind `target`: target_starts (N + 1,), source_order (E,) and source_starts
+    (N + 1,), as in `Batch`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        edges: Tensor,
+        m: Tensor,
+        source: Tensor,
+        target: Tensor,
+        target_starts: Tensor,
+        source_order: Tensor,
+        source_starts: Tensor,
+        receiver: Tensor,
+        sender: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        weights: Tensor,
+        biases: Tensor,
+    ) -> Tensor:
+        """See the class."""
+        x = edges @ weight.T
+        x += (receiver + bias).index_select(0, target)
+        x += sender.index_select(0, source)
+        inputs, actives = [x], [aten.silu(x)]
+        for matrix, shift in zip(weights, biases, strict=True):
+            inputs.append(torch.addmm(shift, actives[-1], matrix.T))
+            actives.append(aten.silu(inputs[-1]))
+        ctx.save_for_backward(
+            edges,
+            m,
+            source_order,
+            source_starts,
+            target,
+            target_starts,
+            weight,
+            weights,
+            *inputs,
+            *actives[:-1],
+        )
+        return segment_sums(actives[-1] * m[:, None], target_starts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all but the constants."""
+        edges, m, source_order, source_starts, target, target_starts, weight, weights, *kept = (
+            ctx.saved_tensors
+        )
+        inputs, actives = kept[: len(weights) + 1], kept[len(weights) + 1 :]
+        (of_received,) = gradients
+        after = (of_received.index_select(0, target) * m[:, None]).to(weight.dtype)
+        of_weights, of_biases = [], []
+        for layer in range(len(weights), 0, -1):
+            before = aten.silu_backward(after, inputs[layer])
+            of_weights.append(before.T @ actives[layer - 1])
+            of_biases.append(before.sum(0))
+            after = before @ weights[layer - 1]
+        before = aten.silu_backward(after, inputs[0])
+        wide = before.to(m.dtype)
+        nodes = (
+            segment_sums(wide, target_starts).to(weight.dtype),
+            segment_sums(wide.index_select(0, source_order), source_starts).to(weight.dtype),
+        )
+        return (
+            *(None,) * 7, *nodes, before.T @ edges, before.sum(0),
+            torch.stack(of_weights[::-1]), torch.stack(of_biases[::-1]),
+        )  # fmt: skip
+
+
+def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
+    """Sums (N, d) of rows starts[n]:starts[n + 1] of (R, d), in that order; none behind the last start."""
+    return torch.segment_reduce(rows, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
 
 
 def _piece(edges: Tensor) -> int:

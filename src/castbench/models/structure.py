@@ -20,6 +20,7 @@ from torch_geometric.utils import scatter
 from castbench.models.base import Network
 from castbench.models.batch import Batch, segments
 from castbench.models.heads import Regression
+from castbench.models.messages import segment_sums
 
 # name, which is also that of its section of sizes -> where its constructor (sizes, pooled) is
 ENCODERS = {
@@ -50,6 +51,7 @@ class StructureEncoder(nn.Module, ABC):
     """
 
     name: str  # in `ENCODERS`
+    takes_padded = False  # see `Network`
 
     def __init__(self, width: int, vector_width: int):
         super().__init__()
@@ -65,6 +67,10 @@ class StructureEncoder(nn.Module, ABC):
 
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
         """Mean (B, d) of node states (N, d), weighted by the number of atoms they stand for."""
+        if batch.sizes is not None:
+            atoms = batch.multiplicities[:, None]
+            total = segment_sums(nodes * atoms, batch.node_offsets)
+            return total / segment_sums(atoms, batch.node_offsets).clamp(min=1e-12)
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
     def hide(self, states: Tensor, batch: Batch, hidden: Tensor | None) -> Tensor:

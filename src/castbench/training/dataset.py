@@ -3,27 +3,34 @@
 Where the arrays are: on the CPU they stay memory-mapped, since the page cache is all the copy that they need.
 On a GPU an array moves there once if it takes at most half of the memory that is free then (graphs always,
 token states of small sets); of a larger one, the values of a batch are gathered on the host and sent.
+
+Where all arrays are on the GPU a batch can be made there, in one of few shapes, and without the host having
+to wait: what it takes to record a training step and replay it (recorder.py).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.graphs.packed import PackedGraphs
 from castbench.models.base import Network
-from castbench.models.batch import Batch
+from castbench.models.batch import Batch, Sizes
 from castbench.provenance import sha256_file
 from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
 
 SHARE_OF_FREE_MEMORY = 0.5
+STEPS = {"nodes": 4, "edges": 8, "tokens": 4}  # sizes of padded batches between a power of two and the next
 
 
 class Ragged:
@@ -34,9 +41,18 @@ class Ragged:
         self.offsets = _tensor(offsets)  # on the host: sizes are known without waiting for a GPU
         self.arrays = {name: _place(_tensor(array), device) for name, array in arrays.items()}
 
+    @cached_property
+    def offsets_there(self) -> Tensor:
+        """The offsets on the device."""
+        return self.offsets.to(self.device)
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Number of values (B,) of the crystals `rows` (B,), on the host."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     def own_offsets(self, rows: Tensor) -> Tensor:
         """Offsets (B + 1,) of the crystals `rows` (B,) among one another, on the host."""
-        return torch.nn.functional.pad((self.offsets[rows + 1] - self.offsets[rows]).cumsum(0), (1, 0))
+        return functional.pad(self.lengths(rows).cumsum(0), (1, 0))
 
     def take(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Offsets (B + 1,) and values of the crystals `rows` (B,), given on the host, in this order."""
@@ -53,6 +69,24 @@ class Ragged:
             for name, array in self.arrays.items()
         }
         return offsets.to(self.device), values
+
+    def take_padded(
+        self, rows: Tensor, size: int, **more: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `take`, of rows on the device and with one more crystal behind, that pads up to `size` values.
+
+        Its values are any. Returns also the place (size,) in `rows` that each value is of, B for those.
+        `more` are further arrays, on the device.
+        """
+        starts = self.offsets_there[rows]
+        lengths = self.offsets_there[rows + 1] - starts
+        ends = lengths.cumsum(0)
+        places = torch.arange(size, device=self.device)
+        owner = torch.searchsorted(ends, places, right=True)
+        shift = functional.pad(starts - ends + lengths, (0, 1))
+        index = (places + shift[owner]).masked_fill(owner == len(rows), 0)
+        values = {name: array.index_select(0, index) for name, array in (self.arrays | more).items()}
+        return torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), size)]), owner, values
 
 
 class Crystals:
@@ -73,7 +107,7 @@ class Crystals:
     def __init__(
         self, network: Network, graphs: Path, tokens: Path, states: Path | None, device: torch.device
     ):
-        self.device = device
+        self.device, self.takes_padded = device, network.takes_padded
         packed = PackedGraphs.open(graphs)
         index = packed.index()
         self.material_ids: list[str] = index["material_id"].to_pylist()
@@ -178,6 +212,73 @@ class Crystals:
         if self.text_ids is not None:
             batch.text_ids = self.text_ids[rows].to(self.device)
         return batch
+
+    @property
+    def pads(self) -> bool:
+        """Whether batches are padded: for a network that can, on a GPU that holds all they are made of."""
+        parts = (ragged for ragged in (self.nodes, self.edges, self.tokens) if ragged is not None)
+        arrays = (array for ragged in parts for array in ragged.arrays.values())
+        return (
+            self.device.type == "cuda" and self.takes_padded and all(a.device == self.device for a in arrays)
+        )
+
+    def sizes(self, rows: Tensor) -> Sizes:
+        """Sizes of a padded batch of the crystals `rows` (B,), on the host: few different ones (`STEPS`)."""
+        kinds = {"nodes": self.nodes, "edges": self.edges, "tokens": self.tokens}
+        found = {}
+        for kind, ragged in kinds.items():
+            if ragged is not None:
+                lengths = ragged.lengths(rows)
+                found[kind] = _above(int(lengths.sum()), STEPS[kind])
+                if kind != "edges":
+                    found[f"most_{kind}"] = _above(int(lengths.max()) - 1, 1)
+        return Sizes(len(rows), **found)
+
+    @cached_property
+    def _sorted_edges(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Numbers of edges into and out of each node; places of each crystal's edges, sorted by source."""
+        assert self.nodes is not None and self.edges is not None
+        nodes, edges = self.nodes.offsets_there, self.edges.offsets_there
+        crystal = torch.repeat_interleave(edges.diff())
+        source, target = (nodes[crystal] + self.edges.arrays[f"edge_{end}"] for end in ("source", "target"))
+        order = source.argsort(stable=True) - edges[crystal]
+        n = int(self.nodes.offsets[-1])
+        return {"entering": target.bincount(minlength=n), "leaving": source.bincount(minlength=n)}, order
+
+    def padded(self, rows: Tensor, sizes: Sizes) -> Batch:
+        """The crystals `rows` (B,), given on the device, as a padded batch of those sizes."""
+        batch = Batch(n=len(rows) + 1, sizes=sizes)
+        if self.nodes is not None and self.edges is not None:
+            degrees, order = self._sorted_edges
+            batch.node_offsets, owner, nodes = self.nodes.take_padded(rows, sizes.nodes, **degrees)
+            none = owner == len(rows)
+            batch.atomic_numbers = nodes["atomic_numbers"].long()
+            batch.multiplicities = nodes["multiplicities"].masked_fill(none, 0)
+            batch.edge_starts, batch.source_starts = (
+                functional.pad(nodes[name].masked_fill(none, 0).cumsum(0), (1, 0)) for name in degrees
+            )
+            offsets, owner, edges = self.edges.take_padded(rows, sizes.edges, order=order)
+            none = owner == len(rows)
+            first = batch.node_offsets[owner]
+            batch.edge_source, batch.edge_target = (
+                first + edges[name].masked_fill(none, 0) for name in ("edge_source", "edge_target")
+            )
+            batch.distances = edges["distances"]
+            batch.edge_multiplicities = edges["edge_multiplicities"].masked_fill(none, 0)
+            batch.source_order = offsets[owner] + edges["order"].masked_fill(none, 0)
+        if self.tokens is not None:
+            batch.token_offsets, _, tokens = self.tokens.take_padded(rows, sizes.tokens)
+            batch.token_states = tokens["token_states"]
+        return batch
+
+
+def _above(n: int, steps: int) -> int:
+    """The least multiple of eight above `n` on a grid with `steps` values from one power of two to the next.
+
+    Of eight for the sake of matrix products.
+    """
+    step = max(1 << max((n + 1).bit_length() - 1, 0), 8 * steps) // steps
+    return math.ceil((n + 1) / step) * step
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -31,6 +31,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network
 from castbench.training.checkpoint import read_checkpoint, write_checkpoint
 from castbench.training.objectives import Objective
+from castbench.training.recorder import Recorder
 from castbench.training.schedule import epoch_batches, rate_factor, seed_step
 from castbench.training.share import Share
 
@@ -97,9 +98,12 @@ class Trainer:
     ):
         self.network, self.objective, self.training, self.epochs = network, objective, training, epochs
         self.seed, self.fabric, self.folder, self.key = seed, fabric, folder, key
-        self.optimizer = make_optimizer(network, training)
+        self.optimizer = make_optimizer(network, training, fabric.device)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
+        self.recorder = None
+        if objective.pads and fabric.world_size == 1:
+            self.recorder = objective.recorder = Recorder(fabric.device, self.changing)
         # On the hosts, so that no GPU waits when the processes agree on something.
         self.hosts = distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
         self.meant = 0  # losses of the epoch that are the processes' mean already
@@ -168,18 +172,38 @@ class Trainer:
         run = self.run
         factor = self.rate_factor(run.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
+            if isinstance(group["lr"], Tensor):  # in its place, where recorded steps read it
+                group["lr"].fill_(factor * group["peak"])
+            else:
+                group["lr"] = factor * group["peak"]
         others = [self.fabric.global_rank] if self.fabric.global_rank else []  # each drops out on its own
-        seed_step(self.fabric.device, self.seed, "dropout", run.step, *others)
-        loss = self.objective.loss(self.module, rows, run.step)
+        dropout = self.fabric.device, self.seed, "dropout", run.step, *others
+        if self.recorder is None:
+            seed_step(*dropout)
+            loss = self.descend(self.objective.loss(self.module, rows, run.step))
+        else:
+            key, function, inputs = self.objective.padded_loss(self.module, rows, run.step)
+            self.recorder.record(key, lambda *inputs: self.descend(function(*inputs)), *inputs)
+            seed_step(*dropout)
+            loss = self.recorder.replay(key, *inputs)
+        run.step += 1
+        return loss
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Take the optimiser's step on a loss (), and return it."""
         self.fabric.backward(loss)
         longest = self.training.get("max_gradient_norm", MAX_GRADIENT_NORM)
         if longest is not None:
             self.fabric.clip_gradients(self.module, self.stepper, max_norm=longest, error_if_nonfinite=False)
         self.stepper.step()
         self.stepper.zero_grad()
-        run.step += 1
         return loss.detach()
+
+    def changing(self) -> Iterator[Tensor]:
+        """All tensors that a step changes."""
+        yield from self.network.trained_state().values()
+        for moments in self.optimizer.state.values():
+            yield from moments.values()
 
     def rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
@@ -306,8 +330,13 @@ class Trainer:
         log.info("continuing after step %d of %d", run.step, run.total)
 
 
-def make_optimizer(network: Network, training: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; each group of parameters has its `peak` rate, and its matrices decay, those of LoRA excepted."""
+def make_optimizer(
+    network: Network, training: dict[str, Any], device: torch.device | None = None
+) -> torch.optim.AdamW:
+    """AdamW; each group of parameters has its `peak` rate, and its matrices decay, those of LoRA excepted.
+
+    On a GPU all that a step depends on is there, so that it can be recorded.
+    """
     decay, kinds = training["weight_decay"], []
     for name, parameters in network.parameter_groups().items():
         if not parameters:
@@ -316,10 +345,24 @@ def make_optimizer(network: Network, training: dict[str, Any]) -> torch.optim.Ad
         matrices = [p for p in parameters if p.ndim > 1 and name != "lora"]
         others = [p for p in parameters if p.ndim <= 1 or name == "lora"]
         kinds += [(matrices, peak, decay), (others, peak, 0.0)]
-    return torch.optim.AdamW(
-        [{"params": ps, "lr": peak, "peak": peak, "weight_decay": wd} for ps, peak, wd in kinds if ps],
-        fused=True,
-    )
+    there = device is not None and device.type == "cuda"
+    groups = [
+        {
+            "params": ps,
+            "lr": torch.tensor(peak, device=device) if there else peak,
+            "peak": peak,
+            "weight_decay": wd,
+        }
+        for ps, peak, wd in kinds
+        if ps
+    ]
+    optimizer = torch.optim.AdamW(groups, fused=True, capturable=there)
+    if there:  # else the first step would make them, each time that it is replayed
+        for group in groups:
+            for p in group["params"]:
+                zeros = {name: torch.zeros_like(p, device=device) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros((), device=device), **zeros}
+    return optimizer
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from torch.nn import functional
 
 from castbench.evaluation import metrics
 from castbench.models.base import Outcome
-from castbench.models.batch import Batch, segments
+from castbench.models.batch import Batch, Sizes, segments
 from castbench.training.dataset import Crystals
+from castbench.training.recorder import Recorder
 from castbench.training.schedule import batches, generator
 from castbench.training.share import Share
 
 ALONE = Share()
+Work = tuple[Hashable, Callable[..., Tensor], tuple[Tensor, ...]]  # key, function, inputs of it on the host
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": functional.l1_loss,
     "huber": functional.huber_loss,
@@ -33,11 +36,14 @@ class Objective(ABC):
         columns: names of the values that `validate` returns.
         selects: the one of them whose least value selects the weights.
         share: the part of this process, where several train together; the `Trainer` says which.
+        recorder: of a GPU where batches are padded; likewise.
     """
 
     columns: tuple[str, ...]
     selects: str
     share = ALONE
+    recorder: Recorder | None = None
+    pads = False  # whether `padded_loss` can be asked for
 
     def __init__(self, train: Tensor, validation: Tensor, batch_size: int):
         self.rows, self.validation, self.batch_size = train, validation, batch_size
@@ -48,6 +54,10 @@ class Objective(ABC):
 
         Of several processes each returns its part, such that their mean is that loss.
         """
+
+    def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
+        """The loss of a batch as a function that can be recorded, of what a step of its shape depends on."""
+        raise NotImplementedError
 
     @abstractmethod
     def validate(self, network: nn.Module) -> dict[str, float]:
@@ -81,6 +91,7 @@ class Regression(Objective):
         self.mean = float(of_train.mean())
         self.std = float(of_train.std()) or 1.0
         self.targets = self.scaled(values).to(crystals.device)
+        self.pads = crystals.pads
 
     def choose_loss(self, training: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss () of predictions and what they are to be."""
@@ -96,9 +107,19 @@ class Regression(Objective):
         loss = self.loss_function(network(self.crystals.batch(own)), self.targets[own])
         return loss * self.share.weight(len(own), len(rows))
 
+    def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
+        """See `Objective`."""
+        sizes = self.crystals.sizes(rows)
+
+        def loss(rows: Tensor) -> Tensor:
+            predicted = network(self.crystals.padded(rows, sizes))[: sizes.crystals]
+            return self.loss_function(predicted, self.targets[rows])
+
+        return sizes, loss, (rows,)
+
     def predict(self, network: nn.Module, rows: Tensor) -> np.ndarray:
         """Standardised predictions (n,) of `rows`, float32."""
-        return predict(network, self.crystals, rows, self.batch_size, self.share)
+        return predict(network, self.crystals, rows, self.batch_size, self.share, self.recorder)
 
     def in_unit(self, predicted: np.ndarray) -> np.ndarray:
         """Standardised predictions as float64 in the target's unit."""
@@ -166,13 +187,30 @@ def in_unit(predicted: np.ndarray, task: str, mean: float, std: float) -> np.nda
 
 
 def predict(
-    network: nn.Module, crystals: Crystals, rows: Tensor, batch_size: int, share: Share = ALONE
+    network: nn.Module,
+    crystals: Crystals,
+    rows: Tensor,
+    batch_size: int,
+    share: Share = ALONE,
+    recorder: Recorder | None = None,
 ) -> np.ndarray:
     """Standardised predictions (n,) of `rows`, float32; their last bits depend on who shares a batch."""
     found = torch.zeros(len(rows), device=crystals.device)
-    with torch.inference_mode():
+
+    def outputs(rows: Tensor, sizes: Sizes) -> Tensor:
+        return network(crystals.padded(rows, sizes))[: len(rows)].float()
+
+    with torch.no_grad():
         for places in share.every(batches(torch.arange(len(rows)), batch_size)):
-            found[places[0] : places[-1] + 1] = network(crystals.batch(rows[places])).float()
+            chosen = rows[places]
+            if not crystals.pads:
+                predicted = network(crystals.batch(chosen)).float()
+            elif recorder is None:
+                predicted = outputs(chosen.to(crystals.device), crystals.sizes(chosen))
+            else:
+                sizes = crystals.sizes(chosen)
+                predicted = recorder.run(("predict", sizes), partial(outputs, sizes=sizes), chosen)
+            found[places[0] : places[-1] + 1] = predicted
     return share.summed(found).cpu().numpy()
 
 
@@ -188,10 +226,26 @@ class Pretraining(Objective):
         super().__init__(train, validation, pretraining["batch_size"])
         self.crystals = crystals
         self.seed = seed
+        self.pads = crystals.pads
 
     def prepare(self, batch: Batch, rows: Tensor, *stream: int | str) -> Batch:
         """Add to a batch what the network needs beyond the caches; random numbers follow from `stream`."""
         return batch
+
+    def outcome(self, network: nn.Module, rows: Tensor, *stream: int | str) -> Work:
+        """Loss, number of right guesses and of all, (3,), as a function that can be recorded."""
+        sizes = self.crystals.sizes(rows)
+
+        def outcome(rows: Tensor) -> Tensor:
+            found: Outcome = network(self.crystals.padded(rows, sizes))
+            return torch.stack([found.loss, found.correct.detach(), found.count])
+
+        return sizes, outcome, (rows,)
+
+    def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
+        """See `Objective`."""
+        key, outcome, inputs = self.outcome(network, rows, self.seed, "train", step)
+        return key, lambda *inputs: outcome(*inputs)[0], inputs
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () of a batch; of a shared one every process has that of the whole."""
@@ -206,14 +260,17 @@ class Pretraining(Objective):
         """Mean loss and accuracy on validation, the same guesses each time; `alter` may change a batch."""
         parts = list(enumerate(batches(self.validation, self.batch_size)))
         found = torch.zeros(len(parts), 3, dtype=torch.float64, device=self.crystals.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             for number, rows in self.share.every(parts):
+                if self.recorder is not None and alter is None:
+                    key, function, inputs = self.outcome(network, rows, "validation", number)
+                    found[number] = self.recorder.run(("validate", key), function, *inputs)
+                    continue
                 batch = self.prepare(self.crystals.batch(rows), rows, "validation", number)
                 outcome: Outcome = network(batch if alter is None else alter(batch, rows))
-                lost, right = float(outcome.loss) * outcome.count, float(outcome.correct)
-                found[number] = torch.tensor([lost, right, outcome.count], dtype=found.dtype)
-        lost, right, guesses = map(sum, zip(*self.share.summed(found).tolist(), strict=True))
-        return lost / guesses, right / guesses
+                found[number] = torch.stack([outcome.loss.double(), outcome.correct, outcome.count])
+        mean, right, guesses = self.share.summed(found).unbind(dim=1)
+        return float(mean @ guesses / guesses.sum()), float(right.sum() / guesses.sum())
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss and accuracy with each crystal's own text."""
@@ -239,6 +296,19 @@ class MaskedNode(Pretraining):
         """Choose the nodes to hide."""
         batch.masked_nodes = self.mask(rows, *stream)[0].to(self.crystals.device)
         return batch
+
+    def outcome(self, network: nn.Module, rows: Tensor, *stream: int | str) -> Work:
+        """See `Pretraining`."""
+        sizes = self.crystals.sizes(rows)
+
+        def outcome(rows: Tensor, hidden: Tensor) -> Tensor:
+            batch = self.crystals.padded(rows, sizes)
+            batch.masked_nodes = hidden
+            found: Outcome = network(batch)
+            return torch.stack([found.loss, found.correct.detach(), found.count])
+
+        hidden = self.mask(rows, *stream)[0]
+        return sizes, outcome, (rows, functional.pad(hidden, (0, sizes.nodes - len(hidden))))
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () over the hidden nodes of a batch, which the processes that share it hide alike."""

@@ -1,0 +1,64 @@
+"""Training steps as CUDA graphs: recorded once for each shape of a batch, then replayed with one call.
+
+A step of a small model is hundreds of operations of a few microseconds each, and the host takes longer to ask
+for them than the GPU to do them. A replay asks once. It runs what was recorded, so that a step's bits depend
+on the shapes and values of its inputs alone, whether the run was interrupted or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class Recorder:
+    """Functions of tensors on a GPU, as graphs.
+
+    Args:
+        device: the GPU.
+        state: all tensors that the functions change; recording one leaves them as they are.
+    """
+
+    def __init__(self, device: torch.device, state: Callable[[], Iterable[Tensor]]):
+        self.device, self.state = device, state
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self.pool: tuple[int, int] | None = None
+
+    def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The function's value, recorded where `key` is new."""
+        self.record(key, function, *inputs)
+        return self.replay(key, *inputs)
+
+    def record(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Record `function` of inputs with these shapes under `key`, if that is new.
+
+        It must not wait for the device, nor depend on anything else that changes but tensors of fixed places.
+        """
+        if key in self.graphs:
+            return
+        places = tuple(value.to(self.device, copy=True) for value in inputs)
+        kept = [(value, value.clone()) for value in self.state()]
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # what is made ready at a first call is not to be recorded
+            for _ in range(2):
+                function(*places)
+            with torch.no_grad():
+                for value, before in kept:
+                    value.copy_(before)
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            found = function(*places)
+        self.pool = graph.pool()
+        self.graphs[key] = graph, places, found
+
+    def replay(self, key: Hashable, *inputs: Tensor) -> Tensor:
+        """The function's value, which the next replay overwrites."""
+        graph, places, found = self.graphs[key]
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+        graph.replay()
+        return found
