@@ -43,16 +43,17 @@ class MessageBlock(nn.Module):
         bias = self.first.bias + edge @ edge_input.bias
         to_receiver, to_sender = functional.linear(nodes, receiver), functional.linear(nodes, sender)
         hidden: list[Any] = list(self.hidden)
-        weights = torch.stack([layer.weight for layer in hidden])
-        biases = torch.stack([layer.bias for layer in hidden])
+        weights, biases = [layer.weight for layer in hidden], [layer.bias for layer in hidden]
         kind = to_receiver.dtype  # that of autocast, where it is on
         graph = basis.to(kind), batch.edge_multiplicities, batch.edge_source, batch.edge_target
-        own = to_receiver, to_sender, *(part.to(kind) for part in (weight, bias, weights, biases))
+        own = to_receiver, to_sender, weight.to(kind), bias.to(kind)
         if batch.edge_starts is None:
-            received = Messages.apply(*graph, *own)
+            others = torch.stack(weights).to(kind), torch.stack(biases).to(kind)
+            received = Messages.apply(*graph, *own, *others)
         else:
             order = batch.edge_starts, batch.source_order, batch.source_starts
-            received = SortedMessages.apply(*graph, *order, *own)
+            others = [part.to(kind) for part in weights + biases]
+            received = SortedMessages.apply(*graph, *order, *own, *others)
         return nodes + functional.silu(self.update(received))
 
 

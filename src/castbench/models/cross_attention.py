@@ -57,11 +57,13 @@ class CrossAttentionLayer(nn.Module):
         attended_BHNd, weights_BHNT = attend(q_BHNd, k_BHTd, v_BHTd, mask_B11T, weights)
         return self._updated(h_BND, attended_BHNd.transpose(1, 2).flatten(2)), weights_BHNT
 
-    def attend_blocks(self, h_ND: Tensor, k_TD: Tensor, v_TD: Tensor, nodes: Block, tokens: Block) -> Tensor:
-        """The same of packed node states (N, n_node), keys and values (T, width), padded to attend."""
+    def attend_block(
+        self, h_ND: Tensor, k_BTD: Tensor, v_BTD: Tensor, nodes: Block, mask_BT: Tensor
+    ) -> Tensor:
+        """The same of packed node states (N, n_node), which are padded to attend alone."""
         q_BND = nodes.padded(self.query(self.norm(h_ND)))
-        parts = (self._split(part) for part in (q_BND, tokens.padded(k_TD), tokens.padded(v_TD)))
-        attended_BHNd, _ = attend(*parts, tokens.mask[:, None, None, :], weights=False)
+        parts = map(self._split, (q_BND, k_BTD, v_BTD))
+        attended_BHNd, _ = attend(*parts, mask_BT[:, None, None, :], weights=False)
         return self._updated(h_ND, nodes.packed(attended_BHNd.transpose(1, 2).flatten(2)))
 
     def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:
@@ -130,9 +132,9 @@ class Fusion(nn.ModuleList):
         nodes = Block(batch.node_offsets, sizes.nodes, sizes.most_nodes)
         tokens = Block(batch.token_offsets, sizes.tokens, sizes.most_tokens)
         layers: list[Any] = list(self)
-        keys_and_values = self._keys_and_values(tokens_TE.to(product_type(h_ND)))
-        for layer, k_TD, v_TD in zip(layers, keys_and_values[::2], keys_and_values[1::2], strict=True):
-            h_ND = layer.attend_blocks(h_ND, k_TD, v_TD, nodes, tokens)
+        kv_BTD = self._each(tokens.padded(self._keys_and_values(tokens_TE.to(product_type(h_ND)))))
+        for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
+            h_ND = layer.attend_block(h_ND, k_BTD, v_BTD, nodes, tokens.mask)
         return h_ND
 
     def _groups(self, batch: Batch) -> list[Tensor]:
@@ -167,7 +169,7 @@ class Fusion(nn.ModuleList):
     ) -> tuple[Tensor, list[Tensor]]:
         """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
         layers: list[Any] = list(self)
-        kv_BTD = self._keys_and_values(tokens_BTD.to(product_type(h_BND)))
+        kv_BTD = self._each(self._keys_and_values(tokens_BTD.to(product_type(h_BND))))
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
             h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
@@ -175,13 +177,17 @@ class Fusion(nn.ModuleList):
                 maps.append(weights_BHNT)
         return h_BND, maps
 
-    def _keys_and_values(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values (..., width) of each layer in turn, in one product: they depend on text alone."""
+    def _keys_and_values(self, tokens: Tensor) -> Tensor:
+        """Keys and values (..., 2 layers width) of all layers, in one product: they depend on text alone."""
         layers: list[Any] = list(self)
         projections = [part for layer in layers for part in (layer.key, layer.value)]
         weight = torch.cat([part.weight for part in projections])
         bias = torch.cat([part.bias for part in projections])
-        return functional.linear(tokens, weight, bias).chunk(len(projections), dim=-1)
+        return functional.linear(tokens, weight, bias)
+
+    def _each(self, keys_and_values: Tensor) -> tuple[Tensor, ...]:
+        """Keys (..., width) of the first layer, its values, keys of the second, and so on."""
+        return keys_and_values.chunk(2 * len(self), dim=-1)
 
 
 def product_type(states: Tensor) -> torch.dtype:

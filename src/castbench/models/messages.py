@@ -92,7 +92,7 @@ class SortedMessages(torch.autograd.Function):
     """The same of a padded batch, whose edges are sorted by target.
 
     Further args of `apply`, behind `target`: target_starts (N + 1,), source_order (E,) and source_starts
-    (N + 1,), as in `Batch`.
+    (N + 1,), as in `Batch`. The other layers' weights (d, d) stand in a row, and then their biases (d,).
     """
 
     @staticmethod
@@ -109,56 +109,43 @@ class SortedMessages(torch.autograd.Function):
         sender: Tensor,
         weight: Tensor,
         bias: Tensor,
-        weights: Tensor,
-        biases: Tensor,
+        *others: Tensor,
     ) -> Tensor:
         """See the class."""
-        x = edges @ weight.T
-        x += (receiver + bias).index_select(0, target)
-        x += sender.index_select(0, source)
-        inputs, actives = [x], [aten.silu(x)]
-        for matrix, shift in zip(weights, biases, strict=True):
-            inputs.append(torch.addmm(shift, actives[-1], matrix.T))
-            actives.append(aten.silu(inputs[-1]))
-        ctx.save_for_backward(
-            edges,
-            m,
-            source_order,
-            source_starts,
-            target,
-            target_starts,
-            weight,
-            weights,
-            *inputs,
-            *actives[:-1],
-        )
-        return segment_sums(actives[-1] * m[:, None], target_starts)
+        weights, biases = others[: len(others) // 2], others[len(others) // 2 :]
+        # Of the activations; in one piece each, so that gradients of all layers are found together.
+        inputs = receiver.new_empty(len(weights) + 1, len(edges), receiver.shape[1])
+        outputs = torch.empty_like(inputs)
+        torch.mm(edges, weight.T, out=inputs[0])
+        inputs[0] += (receiver + bias).index_select(0, target)
+        inputs[0] += sender.index_select(0, source)
+        aten.silu.out(inputs[0], out=outputs[0])
+        for layer, (matrix, shift) in enumerate(zip(weights, biases, strict=True), start=1):
+            torch.addmm(shift, outputs[layer - 1], matrix.T, out=inputs[layer])
+            aten.silu.out(inputs[layer], out=outputs[layer])
+        constants = edges, m, target, target_starts, source_order, source_starts
+        ctx.save_for_backward(*constants, inputs, outputs, *weights)
+        return segment_sums(outputs[-1] * m[:, None], target_starts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all but the constants."""
-        edges, m, source_order, source_starts, target, target_starts, weight, weights, *kept = (
-            ctx.saved_tensors
-        )
-        inputs, actives = kept[: len(weights) + 1], kept[len(weights) + 1 :]
+        edges, m, target, target_starts, source_order, source_starts, *rest = ctx.saved_tensors
+        inputs, outputs, *weights = rest
         (of_received,) = gradients
-        after = (of_received.index_select(0, target) * m[:, None]).to(weight.dtype)
-        of_weights, of_biases = [], []
+        of_inputs = torch.empty_like(inputs)
+        of_output = (of_received.index_select(0, target) * m[:, None]).to(inputs.dtype)
         for layer in range(len(weights), 0, -1):
-            before = aten.silu_backward(after, inputs[layer])
-            of_weights.append(before.T @ actives[layer - 1])
-            of_biases.append(before.sum(0))
-            after = before @ weights[layer - 1]
-        before = aten.silu_backward(after, inputs[0])
-        wide = before.to(m.dtype)
-        nodes = (
-            segment_sums(wide, target_starts).to(weight.dtype),
-            segment_sums(wide.index_select(0, source_order), source_starts).to(weight.dtype),
-        )
-        return (
-            *(None,) * 7, *nodes, before.T @ edges, before.sum(0),
-            torch.stack(of_weights[::-1]), torch.stack(of_biases[::-1]),
-        )  # fmt: skip
+            aten.silu_backward.grad_input(of_output, inputs[layer], grad_input=of_inputs[layer])
+            of_output = of_inputs[layer] @ weights[layer - 1]
+        aten.silu_backward.grad_input(of_output, inputs[0], grad_input=of_inputs[0])
+        of_weights = torch.bmm(of_inputs[1:].mT, outputs[:-1])
+        of_bias, *of_biases = of_inputs.sum(1)
+        first = of_inputs[0].to(m.dtype)
+        of_receiver = segment_sums(first, target_starts).to(inputs.dtype)
+        of_sender = segment_sums(first.index_select(0, source_order), source_starts).to(inputs.dtype)
+        of_weight = of_inputs[0].T @ edges
+        return *(None,) * 7, of_receiver, of_sender, of_weight, of_bias, *of_weights, *of_biases
 
 
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:

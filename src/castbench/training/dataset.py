@@ -218,9 +218,7 @@ class Crystals:
         """Whether batches are padded: for a network that can, on a GPU that holds all they are made of."""
         parts = (ragged for ragged in (self.nodes, self.edges, self.tokens) if ragged is not None)
         arrays = (array for ragged in parts for array in ragged.arrays.values())
-        return (
-            self.device.type == "cuda" and self.takes_padded and all(a.device == self.device for a in arrays)
-        )
+        return self.takes_padded and all(array.is_cuda for array in arrays)
 
     def sizes(self, rows: Tensor) -> Sizes:
         """Sizes of a padded batch of the crystals `rows` (B,), on the host: few different ones (`STEPS`)."""
