@@ -87,7 +87,7 @@ ARCHITECTURE: dict[str, Any] = {
 FLOOR = dict.fromkeys(
     ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded"), (0.0, 0.0)
 )
-WARM = 60  # steps on a GPU before any is timed: batches of most shapes have been recorded then
+WARM = 40  # steps on a GPU before any is timed: all batches have been seen then, and their shapes recorded
 Steps = Iterator[None]  # takes a training step each time it is asked
 
 
@@ -184,10 +184,8 @@ def plain_data(graphs: PackedGraphs, targets: Tensor, merged: bool) -> list[Data
 
 
 def shuffled(n: int, size: int) -> Iterator[Tensor]:
-    """Batches of rows for ever, in the same order for every alternative."""
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        yield from torch.randperm(n, generator=generator).split(size)
+    """Batches of rows for ever, the same in the same order for every alternative."""
+    return itertools.cycle(torch.randperm(n, generator=torch.Generator().manual_seed(0)).split(size))
 
 
 def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[Tensor, Tensor]]) -> Steps:

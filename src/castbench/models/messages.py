@@ -113,7 +113,7 @@ class SortedMessages(torch.autograd.Function):
     ) -> Tensor:
         """See the class."""
         weights, biases = others[: len(others) // 2], others[len(others) // 2 :]
-        # Of the activations; in one piece each, so that gradients of all layers are found together.
+        # Of the activations, in one piece each.
         inputs = receiver.new_empty(len(weights) + 1, len(edges), receiver.shape[1])
         outputs = torch.empty_like(inputs)
         torch.mm(edges, weight.T, out=inputs[0])
@@ -139,7 +139,7 @@ class SortedMessages(torch.autograd.Function):
             aten.silu_backward.grad_input(of_output, inputs[layer], grad_input=of_inputs[layer])
             of_output = of_inputs[layer] @ weights[layer - 1]
         aten.silu_backward.grad_input(of_output, inputs[0], grad_input=of_inputs[0])
-        of_weights = torch.bmm(of_inputs[1:].mT, outputs[:-1])
+        of_weights = [before.T @ active for before, active in zip(of_inputs[1:], outputs[:-1], strict=True)]
         of_bias, *of_biases = of_inputs.sum(1)
         first = of_inputs[0].to(m.dtype)
         of_receiver = segment_sums(first, target_starts).to(inputs.dtype)

@@ -30,7 +30,7 @@ from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
 
 SHARE_OF_FREE_MEMORY = 0.5
-STEPS = {"nodes": 4, "edges": 8, "tokens": 4}  # sizes of padded batches between a power of two and the next
+EDGES_PER_NODE = 10  # of a padded batch; of real crystals there are mostly more
 
 
 class Ragged:
@@ -39,6 +39,7 @@ class Ragged:
     def __init__(self, offsets: np.ndarray, device: torch.device, **arrays: np.ndarray):
         self.device = device
         self.offsets = _tensor(offsets)  # on the host: sizes are known without waiting for a GPU
+        self.counts = np.diff(offsets)
         self.arrays = {name: _place(_tensor(array), device) for name, array in arrays.items()}
 
     @cached_property
@@ -46,13 +47,13 @@ class Ragged:
         """The offsets on the device."""
         return self.offsets.to(self.device)
 
-    def lengths(self, rows: Tensor) -> Tensor:
+    def lengths(self, rows: Tensor) -> np.ndarray:
         """Number of values (B,) of the crystals `rows` (B,), on the host."""
-        return self.offsets[rows + 1] - self.offsets[rows]
+        return self.counts[rows.numpy()]
 
     def own_offsets(self, rows: Tensor) -> Tensor:
         """Offsets (B + 1,) of the crystals `rows` (B,) among one another, on the host."""
-        return functional.pad(self.lengths(rows).cumsum(0), (1, 0))
+        return functional.pad((self.offsets[rows + 1] - self.offsets[rows]).cumsum(0), (1, 0))
 
     def take(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Offsets (B + 1,) and values of the crystals `rows` (B,), given on the host, in this order."""
@@ -221,15 +222,21 @@ class Crystals:
         return self.takes_padded and all(array.is_cuda for array in arrays)
 
     def sizes(self, rows: Tensor) -> Sizes:
-        """Sizes of a padded batch of the crystals `rows` (B,), on the host: few different ones (`STEPS`)."""
-        kinds = {"nodes": self.nodes, "edges": self.edges, "tokens": self.tokens}
+        """Sizes of a padded batch of the crystals `rows` (B,), on the host: few, since each is recorded.
+
+        Nodes are as many as go with the edges, or more.
+        """
         found = {}
-        for kind, ragged in kinds.items():
-            if ragged is not None:
-                lengths = ragged.lengths(rows)
-                found[kind] = _above(int(lengths.sum()), STEPS[kind])
-                if kind != "edges":
-                    found[f"most_{kind}"] = _above(int(lengths.max()) - 1, 1)
+        if self.nodes is not None and self.edges is not None:
+            nodes, edges = (int(ragged.lengths(rows).sum()) for ragged in (self.nodes, self.edges))
+            found["edges"] = _above(max(edges, EDGES_PER_NODE * nodes))
+            found["nodes"] = 8 * math.ceil((found["edges"] / EDGES_PER_NODE + 1) / 8)
+        if self.tokens is not None:
+            lengths = self.tokens.lengths(rows)
+            found["tokens"] = _above(int(lengths.sum()))
+            found["most_tokens"] = 1 << int(lengths.max() - 1).bit_length()
+            if self.nodes is not None:
+                found["most_nodes"] = max(1 << int(self.nodes.lengths(rows).max() - 1).bit_length(), 16)
         return Sizes(len(rows), **found)
 
     @cached_property
@@ -270,12 +277,9 @@ class Crystals:
         return batch
 
 
-def _above(n: int, steps: int) -> int:
-    """The least multiple of eight above `n` on a grid with `steps` values from one power of two to the next.
-
-    Of eight for the sake of matrix products.
-    """
-    step = max(1 << max((n + 1).bit_length() - 1, 0), 8 * steps) // steps
+def _above(n: int) -> int:
+    """The least of four numbers between each power of two and the next that is above `n`; from 32 on."""
+    step = max(1 << max((n + 1).bit_length() - 1, 0), 32) // 4
     return math.ceil((n + 1) / step) * step
 
 

@@ -43,7 +43,7 @@ class Recorder:
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
         with torch.cuda.stream(aside):  # what is made ready at a first call is not to be recorded
-            for _ in range(2):
+            for _ in range(1 if self.graphs else 3):
                 function(*places)
             with torch.no_grad():
                 for value, before in kept:
