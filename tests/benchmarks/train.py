@@ -76,9 +76,10 @@ ARCHITECTURE: dict[str, Any] = {
     },
 }  # fmt: skip
 # Operations and bytes of a step, counted when it is measured.
-FLOOR = dict.fromkeys(
-    ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded"), (0.0, 0.0)
-)
+COUNTED = ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded")
+LONG = LONG
+FLOOR = dict.fromkeys([*COUNTED, f"LoRA, castbench{LONG}", f"LoRA, padded{LONG}"], (0.0, 0.0))
+TURN = 5  # steps in a row on a GPU, which does not wait for the host between two
 FULL = nullcontext()  # float32
 Steps = Iterator[None]  # takes a training step each time it is asked
 
@@ -204,7 +205,7 @@ def our_steps(
     for rows in shuffled(len(targets), size):
         with half:
             predicted = network(crystals.batch(rows)).float()
-        loss = functional.l1_loss(predicted, targets[rows])
+        loss = functional.l1_loss(predicted, targets[rows.to(targets.device, non_blocking=True)])
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
@@ -217,6 +218,7 @@ def seconds_each(
 ) -> dict[str, float]:
     """Median seconds of a step of each, taken in turns."""
     clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    turn = TURN if device.type == "cuda" else 1
     found: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         if name in FLOOR:
@@ -224,11 +226,12 @@ def seconds_each(
     for number in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
             start = clock()
-            next(step)
+            for _ in range(turn):
+                next(step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:
-                found[name].append(clock() - start)
+                found[name].append((clock() - start) / turn)
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
@@ -305,8 +308,19 @@ class PlainText(nn.Module):
         return self.head(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
 
 
+def write_long(folder: Path, short: Path, encoder: Path, words: list[str]) -> None:
+    """The crystals of another folder, each with as many random words as its text may have tokens."""
+    shutil.copytree(short / "graphs", folder / "graphs")
+    generator = np.random.default_rng(0)
+    whole = [word for word in words if word.isalpha()]
+    rows = pq.read_table(short / "descriptions.parquet", columns=["material_id"]).to_pylist()
+    rows = [row | {"text": " ".join(generator.choice(whole, 512))} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
+    tokenize_text({"max_tokens": 512}, folder / "descriptions.parquet", encoder, folder / "tokens")
+
+
 def compare_lora(
-    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, size: int
+    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, size: int, kind: str = ""
 ) -> dict[str, float]:
     """Seconds of a LoRA step on all layers, ours and the plain one; in bfloat16 on a GPU, both of them."""
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -321,7 +335,10 @@ def compare_lora(
     crystals = Crystals(network, folder / "graphs", folder / "tokens", None, device)
     steps = our_steps(network, crystals, torch.randn(len(crystals.material_ids), device=device), size, half)
     return seconds_each(
-        {"LoRA, castbench": steps, "LoRA, padded": plain_steps(plain, plain_texts(folder, size), predict)},
+        {
+            f"LoRA, castbench{kind}": steps,
+            f"LoRA, padded{kind}": plain_steps(plain, plain_texts(folder, size), predict),
+        },
         rounds, device, threads,
     )  # fmt: skip
 
@@ -363,9 +380,33 @@ class Traffic(TorchDispatchMode):
         return found
 
 
+def attention_products(n: int, query: int, q_offsets: int) -> Callable[..., int]:
+    """Operations of variable-length attention, which has n products for each pair of tokens of a text.
+
+    `query` and `q_offsets` are the places of these among the arguments.
+    """
+
+    def operations(*args: Any, **_: Any) -> int:
+        _, heads, size = args[query].shape
+        texts = zip(*(args[q_offsets + i].diff().tolist() for i in range(2)), strict=True)
+        return 2 * n * heads * size * sum(queries * keys for queries, keys in texts)
+
+    operations._get_raw = True  # type: ignore[attr-defined]
+    return operations
+
+
+VARLEN = {
+    torch.ops.torch_attn._varlen_attn: attention_products(2, 0, 3),
+    torch.ops.torch_attn._varlen_attn_backward: attention_products(5, 1, 6),  # the scores once more
+}  # torch 2.11 does not count them
+
+
 def count(step: Steps) -> tuple[float, float]:
-    """Operations (multiplications and additions of matrix products) and bytes of a step."""
-    with FlopCounterMode(display=False) as products, Traffic() as traffic:
+    """Operations (multiplications and additions of matrix products) and bytes of a step.
+
+    What is compiled runs uncompiled here: the same products, more bytes.
+    """
+    with FlopCounterMode(display=False, custom_mapping=VARLEN) as products, Traffic() as traffic:
         next(step)
     return products.get_total_flops(), traffic.bytes
 
@@ -407,7 +448,7 @@ def main() -> None:
         if not inputs.exists():
             write_inputs(arguments.crystals, inputs)
         work = Path(shutil.copytree(inputs, Path(scratch) / "work"))
-        mp36k, elastic4, encoder = (work / name for name in ("mp36k", "elastic4", "encoder"))
+        mp36k, elastic4, long, encoder = (work / name for name in ("mp36k", "elastic4", "long", "encoder"))
         vocabulary = (work / "vocabulary.txt").read_text(encoding="utf-8").splitlines()
         make_random_bert(Path(scratch) / "bert", vocabulary)
         prefetch_encoder(f"{Path(scratch) / 'bert'}@random", encoder)
@@ -434,6 +475,16 @@ def main() -> None:
                 show(on, found, limits)
                 ours, padded = found.values()
                 print(f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)")
+                if device.type == "cuda":
+                    write_long(long, elastic4, encoder, vocabulary)
+                    found = compare_lora(
+                        long, encoder, device, max(rounds // 3, 1), threads, arguments.texts, LONG
+                    )
+                    show(on, found, limits)
+                    ours, padded = found.values()
+                    print(f"ratio {padded / ours:.2f} (the same, texts of 512 tokens)")
+                    share = FLOOR[f"LoRA, castbench{LONG}"][0] / ours / limits[0]
+                    print(f"share {share:.3f} of the matrix rate (LoRA, texts of 512 tokens)")
             if "seeds" in arguments.only:
                 found = compare_seeds(elastic4, device, 2 * rounds, threads)
                 show(on, found, limits)
