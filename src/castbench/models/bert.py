@@ -48,8 +48,9 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
 def fused_layer(layer: Any, hidden_Td: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """States (T, d) after one layer, in the precision of those before."""
     attention = layer.attention.self
-    qkv = project(attention, hidden_Td).unflatten(1, (3, attention.num_attention_heads, -1))
-    context: Any = varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
+    parts = project(attention, hidden_Td).unflatten(1, (3, attention.num_attention_heads, -1))
+    q, k, v = parts.unbind(1)
+    context: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest)
     attended_Td = add_norm(layer.attention.output, context.flatten(1), hidden_Td)
     inner = layer.intermediate
     return add_norm(layer.output, inner.intermediate_act_fn(linear(inner.dense, attended_Td)), attended_Td)
