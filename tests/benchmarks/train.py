@@ -84,10 +84,11 @@ ARCHITECTURE: dict[str, Any] = {
     },
 }  # fmt: skip
 # Operations and bytes of a step, counted when it is measured.
-FLOOR = dict.fromkeys(
-    ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded"), (0.0, 0.0)
-)
+COUNTED = ("coGN, castbench", "coGN alone", "CAST, frozen text", "LoRA, castbench", "LoRA, padded")
+LONG = ", 512 tokens"
+FLOOR = dict.fromkeys([*COUNTED, f"LoRA, castbench{LONG}", f"LoRA, padded{LONG}"], (0.0, 0.0))
 WARM = 40  # steps on a GPU before any is timed: all batches have been seen then, and their shapes recorded
+TURN = 10  # steps in a row on a GPU, which does not wait for the host between two
 Steps = Iterator[None]  # takes a training step each time it is asked
 
 
@@ -218,11 +219,11 @@ def our_steps(network: Network, crystals: Crystals, size: int = BATCH, precision
 
 
 def seconds_each(
-    steps: dict[str, Steps], rounds: int, device: torch.device, threads: int
+    steps: dict[str, Steps], rounds: int, device: torch.device, threads: int, warm: int = WARM
 ) -> dict[str, float]:
     """Median seconds of a step of each, taken in turns: one step, or ten on a GPU, which runs behind."""
     clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
-    warm, together = (1, 1) if device.type == "cpu" else (WARM, 10)
+    warm, turn = (warm, TURN) if device.type == "cuda" else (1, 1)
     found: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         if name in FLOOR:
@@ -233,10 +234,10 @@ def seconds_each(
         for name, step in steps.items():
             wait(device)
             start = clock()
-            for _ in range(together):
+            for _ in range(turn):
                 next(step)
             wait(device)
-            found[name].append((clock() - start) / together)
+            found[name].append((clock() - start) / turn)
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
@@ -318,8 +319,19 @@ class PlainText(nn.Module):
         return self.head(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
 
 
+def write_long(folder: Path, short: Path, encoder: Path, words: list[str]) -> None:
+    """The crystals of another folder, each with as many random words as its text may have tokens."""
+    shutil.copytree(short / "graphs", folder / "graphs")
+    generator = np.random.default_rng(0)
+    whole = [word for word in words if word.isalpha()]
+    rows = pq.read_table(short / "descriptions.parquet", columns=["material_id"]).to_pylist()
+    rows = [row | {"text": " ".join(generator.choice(whole, 512))} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
+    tokenize_text({"max_tokens": 512}, folder / "descriptions.parquet", encoder, folder / "tokens")
+
+
 def compare_lora(
-    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, size: int
+    folder: Path, encoder: Path, device: torch.device, rounds: int, threads: int, size: int, kind: str = ""
 ) -> dict[str, float]:
     """Seconds of a LoRA step on all layers, ours and the plain one; in bfloat16 on a GPU, both of them."""
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -334,8 +346,11 @@ def compare_lora(
     crystals = Crystals(network, folder / "graphs", folder / "tokens", None, device)
     steps = our_steps(network, crystals, size, "bf16-mixed" if device.type == "cuda" else "32-true")
     return seconds_each(
-        {"LoRA, castbench": steps, "LoRA, padded": plain_steps(plain, plain_texts(folder, size), predict)},
-        rounds, device, threads,
+        {
+            f"LoRA, castbench{kind}": steps,
+            f"LoRA, padded{kind}": plain_steps(plain, plain_texts(folder, size), predict),
+        },
+        rounds, device, threads, warm=5,
     )  # fmt: skip
 
 
@@ -378,9 +393,35 @@ class Traffic(TorchDispatchMode):
         return found
 
 
+def attention_products(n: int, query: int, q_offsets: int) -> Callable[..., int]:
+    """Operations of variable-length attention, which has n products for each pair of tokens of a text.
+
+    `query` and `q_offsets` are the places of these among the arguments.
+    """
+
+    def operations(*args: Any, **_: Any) -> int:
+        _, heads, size = args[query].shape
+        texts = zip(*(args[q_offsets + i].diff().tolist() for i in range(2)), strict=True)
+        return 2 * n * heads * size * sum(queries * keys for queries, keys in texts)
+
+    operations._get_raw = True  # type: ignore[attr-defined]
+    return operations
+
+
+VARLEN = {
+    torch.ops.torch_attn._varlen_attn: attention_products(2, 0, 3),
+    torch.ops.torch_attn._varlen_attn_backward: attention_products(5, 1, 6),  # the scores once more
+}  # torch 2.11 does not count them
+
+
 def count(step: Steps) -> tuple[float, float]:
-    """Operations (multiplications and additions of matrix products) and bytes of a step."""
-    with FlopCounterMode(display=False) as products, Traffic() as traffic:
+    """Operations (multiplications and additions of matrix products) and bytes of a step.
+
+    What is compiled runs uncompiled here: the same products, more bytes. Without the stance, torch would not
+    compile it afterwards either.
+    """
+    products, traffic = FlopCounterMode(display=False, custom_mapping=VARLEN), Traffic()
+    with torch.compiler.set_stance("force_eager"), products, traffic:
         next(step)
     return products.get_total_flops(), traffic.bytes
 
@@ -422,7 +463,7 @@ def main() -> None:
         if not inputs.exists():
             write_inputs(arguments.crystals, inputs)
         work = Path(shutil.copytree(inputs, Path(scratch) / "work"))
-        mp36k, elastic4, encoder = (work / name for name in ("mp36k", "elastic4", "encoder"))
+        mp36k, elastic4, long, encoder = (work / name for name in ("mp36k", "elastic4", "long", "encoder"))
         vocabulary = (work / "vocabulary.txt").read_text(encoding="utf-8").splitlines()
         make_random_bert(Path(scratch) / "bert", vocabulary)
         prefetch_encoder(f"{Path(scratch) / 'bert'}@random", encoder)
@@ -453,6 +494,16 @@ def main() -> None:
                 show(on, found, limits)
                 ours, padded = found.values()
                 print(f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)")
+                if device.type == "cuda":
+                    write_long(long, elastic4, encoder, vocabulary)
+                    found = compare_lora(
+                        long, encoder, device, max(rounds // 3, 1), threads, arguments.texts, LONG
+                    )
+                    show(on, found, limits)
+                    ours, padded = found.values()
+                    print(f"ratio {padded / ours:.2f} (the same, texts of 512 tokens)")
+                    share = FLOOR[f"LoRA, castbench{LONG}"][0] / ours / limits[0]
+                    print(f"share {share:.3f} of the matrix rate (LoRA, texts of 512 tokens)")
             if "seeds" in arguments.only:
                 found = compare_seeds(elastic4, device, 2 * rounds, threads)
                 show(on, found, limits)

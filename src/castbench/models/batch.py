@@ -29,6 +29,30 @@ class Sizes(NamedTuple):
 
 
 @dataclass(slots=True)
+class Texts:
+    """The different texts of a batch, shorter ones first: found on the host, so that none waits for a GPU."""
+
+    first: Tensor  # (b,) int64, a crystal that has the text
+    of: Tensor  # (B,) int64, the text that a crystal has
+    size: int  # tokens t of all of them
+
+    def to(self, device: torch.device | str) -> Texts:
+        """The same texts on `device`."""
+        return Texts(*(part.to(device, non_blocking=True) for part in (self.first, self.of)), self.size)
+
+
+def different_texts(offsets: Tensor, ids: Tensor | None = None) -> Texts:
+    """Texts of a batch with token offsets (B + 1,); those with the same one of `ids` (B,) are equal."""
+    lengths = offsets.diff()
+    crystals = first = of = torch.arange(len(lengths))
+    if ids is not None:
+        different, of = ids.unique(return_inverse=True)
+        first = torch.full_like(different, len(ids)).scatter_reduce(0, of, crystals, "amin")
+    order = lengths[first].argsort(stable=True)
+    return Texts(first[order], order.argsort()[of], int(lengths[first].sum()))
+
+
+@dataclass(slots=True)
 class Batch:
     """What a model may read; a part is None when the model does not declare that it needs it.
 
@@ -55,7 +79,7 @@ class Batch:
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
-    text_ids: Tensor = ABSENT  # (B,) int64, the same for equal texts; absent where none are known to be
+    texts: Texts = ABSENT  # absent where no texts are known to be equal
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
     # Of a batch that several processes share: crystals before these, and in all; None where it is whole.
@@ -72,7 +96,7 @@ class Batch:
         """The same batch on `device`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor)
+            k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor | Texts)
         }
         return replace(self, **moved)
 
@@ -82,11 +106,14 @@ def segments(offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(offsets.diff())
 
 
-def rows_of(offsets: Tensor, crystals: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed rows (r,) of some crystals (b,), one crystal after the other, and their own offsets (b + 1,)."""
+def rows_of(offsets: Tensor, crystals: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Packed rows (r,) of some crystals (b,), one crystal after the other, and their own offsets (b + 1,).
+
+    With their number r as `size`, no GPU is asked for it.
+    """
     lengths = offsets.diff()[crystals]
     own = functional.pad(lengths.cumsum(0), (1, 0))
-    shift = torch.repeat_interleave(offsets[crystals] - own[:-1], lengths)
+    shift = torch.repeat_interleave(offsets[crystals] - own[:-1], lengths, output_size=size)
     return torch.arange(len(shift), device=shift.device) + shift, own
 
 

@@ -38,17 +38,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tupl
 
 
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, q_offsets: Tensor, k_offsets: Tensor
+    q: Tensor, k: Tensor, v: Tensor, heads: int, q_offsets: Tensor, k_offsets: Tensor, longest: int
 ) -> Tensor:
     """Attention of each text's queries (Q, D) to its own keys and values (T, D); returns (Q, D).
 
-    Packed, with offsets (B + 1,) of the texts. In half precision on a GPU by variable-length flash attention;
-    else texts are padded with their neighbours, which costs little where they come sorted by length.
+    Packed, with offsets (B + 1,) of texts of at most `longest` tokens. In half precision on a GPU by
+    variable-length flash attention; else texts are padded with their neighbours, which costs little where
+    they come sorted by length.
     """
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
     if has_variable_length(q):
-        most = int(q_offsets.diff().max()), int(k_offsets.diff().max())
-        context: Any = varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), *most)
+        context: Any = varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), longest, longest)
         return context.flatten(1)
     attended = []
     for texts in torch.arange(len(k_offsets) - 1, device=q.device).split(GROUP):

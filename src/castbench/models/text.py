@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from castbench.errors import InputError
 from castbench.models.base import Network
-from castbench.models.batch import ABSENT, GROUP, Batch, gather_block, pad, rows_of, unpad
+from castbench.models.batch import ABSENT, Batch, different_texts, pad, rows_of, unpad
 from castbench.models.heads import Regression
 from castbench.text import read_encoder
 
@@ -86,7 +85,8 @@ class TextEncoder(nn.Module):
         if self.encoder is None:
             return batch.token_states
         hidden_Td, offsets, text_of = self._run(batch, self.n_layers)
-        return hidden_Td.index_select(0, rows_of(offsets, text_of)[0])
+        tokens = batch.token_states if self.start_layer else batch.token_ids
+        return hidden_Td.index_select(0, rows_of(offsets, text_of, len(tokens))[0])
 
     def cls(self, batch: Batch) -> Tensor:
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
@@ -100,23 +100,15 @@ class TextEncoder(nn.Module):
 
         Returns their states (t, width), offsets (b + 1,), and which of them each crystal has (B,).
         """
-        crystals = torch.arange(batch.n, device=batch.token_offsets.device)
-        firsts = text_of = crystals
-        if batch.text_ids is not None:
-            different, text_of = batch.text_ids.unique(return_inverse=True)
-            firsts = torch.full_like(different, batch.n).scatter_reduce(0, text_of, crystals, "amin")
-        order = batch.token_offsets.diff()[firsts].argsort(stable=True)
-        firsts, text_of = firsts[order], order.argsort()[text_of]
-        rows, offsets = rows_of(batch.token_offsets, firsts)
+        texts = batch.texts
+        if texts is None:
+            texts = different_texts(batch.token_offsets.cpu()).to(batch.token_offsets.device)
+        rows, offsets = rows_of(batch.token_offsets, texts.first, texts.size)
         if self.start_layer:
             hidden_Td = batch.token_states.index_select(0, rows).float()
         else:
-            embedded = []
-            for texts in firsts.split(GROUP):
-                ids_BT, mask_BT = gather_block(batch.token_ids, batch.token_offsets, texts)
-                embedded.append(self.encoder.embed(ids_BT)[mask_BT])
-            hidden_Td = torch.cat(embedded)
-        return self.encoder.run_packed(hidden_Td, offsets, self.start_layer, stop), offsets, text_of
+            hidden_Td = self.encoder.embed_packed(batch.token_ids.index_select(0, rows), offsets)
+        return self.encoder.run_packed(hidden_Td, offsets, self.start_layer, stop), offsets, texts.of
 
 
 def adapted_layers(lora: dict[str, Any], n_layers: int) -> int:

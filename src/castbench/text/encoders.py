@@ -18,6 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from castbench.errors import InputError
+from castbench.models.bert import is_fused, run_fused
 from castbench.models.heads import attend, attend_packed
 from castbench.provenance import sha256_file, sha256_json, write_json
 from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
@@ -68,9 +69,27 @@ class LayeredEncoder(nn.Module):
         """Width d of the hidden states."""
         return self.config.hidden_size
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens that no text exceeds."""
+        return self.config.max_position_embeddings
+
     def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T), padded with any id, to input embeddings (B, T, d)."""
         return self.embeddings(input_ids=token_ids_BT)
+
+    def embed_packed(self, token_ids_T: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """As `embed`, of texts end to end (T,) with offsets (B + 1,); returns (T, d)."""
+        padding: Any = self.embeddings.position_embeddings.padding_idx  # type: ignore[union-attr]
+        first = 0 if padding is None else padding + 1  # RoBERTa's count begins behind that of padding
+        starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=len(token_ids_T))
+        places_T = torch.arange(len(starts), device=starts.device) - starts + first
+        ids = {
+            "input_ids": token_ids_T,
+            "position_ids": places_T,
+            "token_type_ids": torch.zeros_like(places_T),
+        }
+        return self.embeddings(**{name: part[None] for name, part in ids.items()})[0]
 
     def run(self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run layers start, ..., stop - 1 on hidden states (B, T, d); the mask is true at real tokens."""
@@ -85,7 +104,10 @@ class LayeredEncoder(nn.Module):
         self, hidden_Td: torch.Tensor, offsets: torch.Tensor, start: int, stop: int
     ) -> torch.Tensor:
         """As `run`, on texts end to end (T, d) with offsets (B + 1,): no product is spent on padding."""
-        for layer in self.layers[start:stop]:
+        layers: list[Any] = list(self.layers[start:stop])
+        if is_fused(hidden_Td):
+            return run_fused(layers, hidden_Td, offsets, self.longest)
+        for layer in layers:
             hidden_Td = self._run_layer(layer, hidden_Td, hidden_Td, offsets, offsets)
         return hidden_Td
 
@@ -110,6 +132,7 @@ class LayeredEncoder(nn.Module):
             attention.num_attention_heads,
             q_offsets,
             offsets,
+            self.longest,
         )
         return layer.feed_forward_chunk(layer.attention.output(context_Qd, asking_Qd))
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 from castbench.errors import InputError
 from castbench.graphs.packed import PackedGraphs
 from castbench.models.base import Network
-from castbench.models.batch import Batch, Sizes
+from castbench.models.batch import Batch, Sizes, different_texts
 from castbench.provenance import sha256_file
 from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
@@ -62,14 +62,14 @@ class Ragged:
         total = int(offsets[-1])
         places: dict[torch.device, Tensor] = {}  # of the values, once for each device that holds some
         for device in {array.device for array in self.arrays.values()}:
-            shift, repeats = (starts - offsets[:-1]).to(device), lengths.to(device)
+            shift, repeats = (part.to(device, non_blocking=True) for part in (starts - offsets[:-1], lengths))
             places[device] = torch.repeat_interleave(shift, repeats, output_size=total)
             places[device] += torch.arange(total, device=device)
         values = {
             name: array.index_select(0, places[array.device]).to(self.device)
             for name, array in self.arrays.items()
         }
-        return offsets.to(self.device), values
+        return offsets.to(self.device, non_blocking=True), values
 
     def take_padded(
         self, rows: Tensor, size: int, **more: Tensor
@@ -210,8 +210,9 @@ class Crystals:
                 batch.token_ids = tokens["token_ids"].long()
             else:
                 batch.token_states = tokens["token_states"]
-        if self.text_ids is not None:
-            batch.text_ids = self.text_ids[rows].to(self.device)
+            if self.text_ids is not None:
+                texts = different_texts(self.tokens.own_offsets(rows), self.text_ids[rows])
+                batch.texts = texts.to(self.device)
         return batch
 
     @property

@@ -104,7 +104,8 @@ class Regression(Objective):
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () of a batch, on standardised targets."""
         own = self.share.of(rows)
-        loss = self.loss_function(network(self.crystals.batch(own)), self.targets[own])
+        targets = self.targets[own.to(self.targets.device, non_blocking=True)]
+        loss = self.loss_function(network(self.crystals.batch(own)), targets)
         return loss * self.share.weight(len(own), len(rows))
 
     def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:

@@ -169,5 +169,5 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
 
 def with_text(batch: Batch, other: Batch) -> Batch:
     """The crystals of a batch with the texts of another."""
-    parts = ("token_ids", "token_states", "token_offsets", "text_ids")
+    parts = ("token_ids", "token_states", "token_offsets", "texts")
     return replace(batch, **{name: getattr(other, name) for name in parts})

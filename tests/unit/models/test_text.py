@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from castbench.errors import InputError
-from castbench.models import heads
-from castbench.models.batch import pad
+from castbench.models import bert, heads
+from castbench.models.batch import different_texts, pad
 from castbench.models.text import TextEncoder, TextOnly
+from castbench.text import encoders
 from castbench.text.encoders import LayeredEncoder
 from model_batches import join
 
@@ -126,7 +127,7 @@ def with_gradients(text, states):
 def reference_varlen(q, k, v, q_offsets, k_offsets, most_q, most_k):
     """What variable-length attention computes, a text at a time."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32
-    assert (most_q, most_k) == (int(q_offsets.diff().max()), int(k_offsets.diff().max()))
+    assert most_q >= int(q_offsets.diff().max()) and most_k >= int(k_offsets.diff().max())
     found = []
     for text in range(len(q_offsets) - 1):
         queries = q[q_offsets[text] : q_offsets[text + 1]]
@@ -151,12 +152,43 @@ def test_packed_texts_give_the_states_and_gradients_of_padded_ones(tuned, crysta
     torch.testing.assert_close(tuned.cls(batch), first, atol=1e-5, rtol=1e-5)
 
 
+def packed_reference(q, k, v, offsets, *rest):
+    """The same in a form that torch.compile traces: each token attends to those of its own text."""
+    text = torch.bucketize(torch.arange(len(q), device=q.device, dtype=offsets.dtype), offsets, right=True)
+    heads = (part.transpose(0, 1) for part in (q, k, v))
+    found = torch.nn.functional.scaled_dot_product_attention(*heads, text[:, None] == text)
+    return found.transpose(0, 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_layers_give_the_states_and_gradients_of_the_others(tuned, crystals, monkeypatch, compiled):
+    """The way of a GPU, in float32."""
+    away_from_start(tuned)
+    some = crystals(tuned.start_layer or None)
+    batch = join([some[1], some[2], some[1], some[3], some[2]])
+    batch.texts = different_texts(batch.token_offsets, torch.tensor([40, 7, 40, 9, 7]))
+    apart = [with_gradients(tuned, states(batch)) for states in (tuned, tuned.cls)]
+    traced = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(bert.fused_layer, backend=traced) if compiled else bert.fused_layer
+    monkeypatch.setattr(bert, "compiled_layer", layer)
+    monkeypatch.setattr(encoders, "is_fused", lambda hidden: True)
+    monkeypatch.setattr(bert, "varlen_attn", packed_reference)
+    for states, expected in zip((tuned, tuned.cls), apart, strict=True):
+        for ours, theirs in zip(with_gradients(tuned, states(batch)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+    with torch.inference_mode():
+        for crystal, theirs in ((some[1], apart[0][0][:12]), (some[2], apart[0][0][12:42])):
+            torch.testing.assert_close(tuned(join([some[3], crystal]))[3:], theirs, atol=1e-5, rtol=1e-5)
+    # Once for any texts and layers: without gradients, with them, and with those of LoRA's weights alone.
+    assert traced.frame_count <= (3 if compiled else 0)
+
+
 def test_equal_texts_are_encoded_once_a_batch(tuned, crystals, monkeypatch):
     away_from_start(tuned)
     some = crystals(tuned.start_layer or None)
     batch = join([some[1], some[2], some[1], some[3], some[2]])
     apart = with_gradients(tuned, tuned(batch))
-    batch.text_ids = torch.tensor([40, 7, 40, 9, 7])
+    batch.texts = different_texts(batch.token_offsets, torch.tensor([40, 7, 40, 9, 7]))
     seen, run = [], tuned.encoder.run_packed
     monkeypatch.setattr(
         tuned.encoder, "run_packed", lambda hidden, *rest: seen.append(len(hidden)) or run(hidden, *rest)

@@ -108,12 +108,14 @@ def test_arrays_stay_mapped_and_ragged_rows_may_be_empty(tmp_path):
     assert offsets.tolist() == [0, 4, 4, 6] and values["values"].tolist() == [2, 3, 4, 5, 0, 1]
 
 
-def test_equal_texts_have_one_id_in_models_that_encode_them(data, crystals_of):
+def test_equal_texts_are_found_for_models_that_encode_them(data, crystals_of):
     tokens = PackedTokens.open(data.root / "tokens")
     rows = torch.tensor([3, 5, 3])
-    ids = crystals_of("text_only").batch(rows).text_ids.tolist()
-    assert ids[0] == ids[2] != ids[1] and np.array_equal(tokens[ids[0]], tokens[3])
-    assert crystals_of("cast").batch(rows).text_ids is None
+    texts = crystals_of("text_only").batch(rows).texts
+    of = texts.of.tolist()
+    assert of[0] == of[2] != of[1] and texts.first[texts.of].tolist() == [0, 1, 0]
+    assert texts.size == len(tokens[3]) + len(tokens[5])
+    assert crystals_of("cast").batch(rows).texts is None
 
 
 @pytest.fixture
