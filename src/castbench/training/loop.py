@@ -101,6 +101,9 @@ class Trainer:
         self.optimizer = make_optimizer(network, training, fabric.device)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
+        if fabric.device.type == "cuda" and network.text_mode == "lora":
+            # Where it only warns, flash attention adds up its gradients in any order.
+            torch.use_deterministic_algorithms(True)
         self.recorder = None
         if objective.pads and fabric.world_size == 1:
             self.recorder = objective.recorder = Recorder(fabric.device, self.changing)

@@ -97,7 +97,8 @@ def test_the_descriptor_is_that_of_the_heatmap():
     network = build_composition_model("edm_transformer", ARCHITECTURE, ["band_gap"])
     numbers, fractions = encode_formulas(FORMULAS, 3)
     found = network.descriptor(batch())
-    assert torch.allclose(found, torch.from_numpy(descriptor_matrix(numbers, fractions)), atol=1e-5)
+    # The last bit of an angle of some hundred, which machines round differently, is 6e-5.
+    assert torch.allclose(found, torch.from_numpy(descriptor_matrix(numbers, fractions)), atol=1e-4)
 
 
 def test_attention_sums_to_one_and_ignores_padding():

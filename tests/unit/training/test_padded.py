@@ -1,0 +1,155 @@
+"""Padded batches, and training on them: as on a GPU, but run here and not recorded."""
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from castbench.models import build_model, build_pretraining
+from castbench.training import dataset, loop
+from castbench.training.dataset import Crystals
+from castbench.training.objectives import MaskedNode, Pretraining, Regression
+
+MODELS = ("structure_only", "crysmmnet_frozen", "cast_scratch")
+OBJECTIVES = {"masked_node": MaskedNode, "contrastive": Pretraining}
+ROWS = torch.tensor([3, 0, 11, 21, 30, 3, 8])
+
+
+class Direct:
+    """In the place of `Recorder`: runs what would be replayed, and sees to it that a key has one shape."""
+
+    def __init__(self, device, state):
+        self.shapes, self.functions = {}, {}
+        assert all(isinstance(value, torch.Tensor) for value in state())
+
+    def record(self, key, function, *inputs):
+        shapes = [value.shape for value in inputs]
+        assert self.shapes.setdefault(key, shapes) == shapes
+        self.functions[key] = function
+
+    def replay(self, key, *inputs):
+        return self.functions[key](*(value.clone() for value in inputs))
+
+    def run(self, key, function, *inputs):
+        self.record(key, function, *inputs)
+        return self.replay(key, *inputs)
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """Batches are padded on the CPU too."""
+    monkeypatch.setattr(Crystals, "pads", property(lambda self: self.takes_padded))
+    monkeypatch.setattr(loop, "Recorder", Direct)
+
+
+def make(data, name):
+    """Network without dropout, crystals."""
+    architecture = data.settings(name)["architecture"]
+    architecture = architecture | {
+        part: architecture[part] | {"dropout": 0.0} for part in ("concat", "cross_attention")
+    }
+    torch.manual_seed(0)
+    build = build_pretraining if name in OBJECTIVES else build_model
+    network = build(name, architecture, data.root / "encoder")
+    paths = {key: path for key, path in data.caches(name).items() if key != "encoder"}
+    return network, Crystals(network, **paths, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name):
+    network, crystals = make(data, name)
+    sizes, weights = crystals.sizes(ROWS), torch.randn(len(ROWS))
+    found, wanted = network(crystals.padded(ROWS, sizes))[: len(ROWS)], network(crystals.batch(ROWS))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    parameters = dict(network.named_parameters())
+    gradients = [torch.autograd.grad((y * weights).sum(), parameters.values()) for y in (found, wanted)]
+    for parameter, one, other in zip(parameters, *gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=parameter)
+
+
+def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
+    _, crystals = make(data, "cast_scratch")
+    sizes, plain = crystals.sizes(ROWS), crystals.batch(ROWS)
+    batch = crystals.padded(ROWS, sizes)
+    assert (batch.n, batch.real, sizes.crystals) == (8, 7, 7)
+    assert len(batch.atomic_numbers) == sizes.nodes > len(plain.atomic_numbers)
+    assert len(batch.distances) == sizes.edges > len(plain.distances)
+    assert len(batch.token_states) == sizes.tokens > len(plain.token_states)
+    assert batch.node_offsets.tolist() == [*plain.node_offsets.tolist(), sizes.nodes]
+    n, e = len(plain.atomic_numbers), len(plain.distances)
+    assert not batch.multiplicities[n:].any() and not batch.edge_multiplicities[e:].any()
+    for name in ("edge_source", "edge_target", "distances", "edge_multiplicities"):
+        assert torch.equal(getattr(batch, name)[:e], getattr(plain, name)), name
+    assert (batch.edge_source[e:] == n).all() and (batch.edge_target[e:] == n).all()
+    for node in range(n):
+        entering = torch.arange(*batch.edge_starts[node : node + 2].tolist())
+        leaving = batch.source_order[slice(*batch.source_starts[node : node + 2].tolist())]
+        assert entering.tolist() == (plain.edge_target == node).nonzero().flatten().tolist()
+        assert leaving.tolist() == (plain.edge_source == node).nonzero().flatten().tolist()
+    assert batch.edge_starts[n:].eq(e).all() and batch.source_starts[n:].eq(e).all()
+
+
+def test_sizes_are_few_and_above_what_they_hold(data):
+    assert [dataset._above(n) for n in (0, 7, 8, 31, 32, 39, 40, 1000, 1024)] == [
+        8, 8, 16, 32, 40, 40, 48, 1024, 1280,
+    ]  # fmt: skip
+    found = {dataset._above(n) for n in range(1024, 2048)}
+    assert len(found) == 4 and all(dataset._above(n) > n for n in range(3000))
+    _, crystals = make(data, "structure_only")
+    generator = torch.Generator().manual_seed(0)
+    every = {crystals.sizes(torch.randint(0, 40, (16,), generator=generator)) for _ in range(100)}
+    assert len(every) <= 4
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES])
+def test_training_takes_the_same_way(data, name, monkeypatch, request):
+    histories = []
+    for pads in (False, True):
+        if pads:
+            request.getfixturevalue("padded")
+        trainer = trainer_of(data, name)
+        trainer.module.train()
+        losses = [float(trainer.advance(rows)) for rows in torch.arange(30).split(8) * 2]
+        trainer.module.eval()
+        histories.append([*losses, *trainer.objective.validate(trainer.module).values()])
+        assert (trainer.recorder is not None) is pads
+    assert histories[0] == pytest.approx(histories[1], rel=2e-3)
+    assert histories[0][0] == pytest.approx(histories[1][0], rel=1e-5)
+
+
+def trainer_of(data, name):
+    """A trainer on the first 30 crystals, with the last for validation."""
+    network, crystals = make(data, name)
+    rows, held_out = torch.tensor([r for r in range(30) if r != 7]), torch.arange(30, 40)
+    settings = data.settings(name)
+    training = settings["training"]
+    if name in OBJECTIVES:
+        objective = OBJECTIVES[name](crystals, rows, held_out, settings["pretraining"], 0)
+    else:
+        objective = Regression(crystals, np.linspace(-1, 1, 40), rows, held_out, training)
+    return loop.Trainer(
+        network, objective, training, 4, 0, Fabric(accelerator="cpu", devices=1), data.root, "key"
+    )
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES])
+def test_nothing_in_a_step_waits_for_the_device(data, name, padded):
+    trainer = trainer_of(data, name)
+    crystals = trainer.objective.crystals
+    for ragged in (crystals.nodes, crystals.edges, crystals.tokens):
+        assert ragged is None or ragged.offsets_there is not None  # made before anything is recorded
+    assert crystals._sorted_edges
+    _, function, inputs = trainer.objective.padded_loss(trainer.network, ROWS, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # values are not known: asking for one fails
+        function(*map(mode.from_tensor, inputs)).backward()
+        with pytest.raises(Exception, match="local_scalar_dense"):
+            mode.from_tensor(ROWS).sum().item()
+
+
+def test_models_that_cannot_be_padded_are_not(data):
+    network, _ = make(data, "crysmmnet_frozen")
+    assert network.takes_padded
+    architecture = data.settings("text_only")["architecture"]
+    for name in ("text_only", "crysmmnet_lora"):
+        assert not build_model(name, architecture, data.root / "encoder").takes_padded
