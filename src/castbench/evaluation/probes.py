@@ -217,7 +217,7 @@ class Subject:
         special = torch.from_numpy(reading.part == SPECIAL).to(self.device)
         blank = torch.where(special, ids, self.pad_id)
         method = LayerIntegratedGradients(predict, self.network.text.encoder.embeddings)
-        # At most a group: the embeddings, whose output is replaced, must be called once for a batch.
+        # The output of the embeddings is replaced, which are called once for a batch.
         gradients = method.attribute(ids, baselines=blank, n_steps=STEPS, internal_batch_size=GROUP)
         return gradients[0].sum(dim=-1).detach().double().cpu().numpy()
 

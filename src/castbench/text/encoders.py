@@ -89,7 +89,7 @@ class LayeredEncoder(nn.Module):
             "position_ids": places_T,
             "token_type_ids": torch.zeros_like(places_T),
         }
-        return self.embeddings(**{name: part[None] for name, part in ids.items()})[0]
+        return self.embeddings(**{name: part[None] for name, part in ids.items()}).flatten(0, 1)
 
     def run(self, hidden_BTd: torch.Tensor, mask_BT: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run layers start, ..., stop - 1 on hidden states (B, T, d); the mask is true at real tokens."""

@@ -70,3 +70,12 @@ def test_recording_changes_nothing(data, tmp_path):
     after = trainer.network.trained_state()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(float(moments["step"]) == 0 for moments in trainer.optimizer.state.values())
+
+
+def test_recorded_predictions_are_those_that_are_not(data, tmp_path):
+    _, trainer = trained(data, "cast_scratch", tmp_path, 3)
+    trainer.module.eval()
+    objective, rows = trainer.objective, torch.arange(30, 40)
+    recorded = objective.predict(trainer.module, rows)
+    objective.recorder = None
+    np.testing.assert_array_equal(objective.predict(trainer.module, rows), recorded)
