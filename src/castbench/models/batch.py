@@ -36,9 +36,10 @@ class Texts:
     of: Tensor  # (B,) int64, the text that a crystal has
     size: int  # tokens t of all of them
 
-    def to(self, device: torch.device | str) -> Texts:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Texts:
         """The same texts on `device`."""
-        return Texts(*(part.to(device, non_blocking=True) for part in (self.first, self.of)), self.size)
+        first, of = (part.to(device, non_blocking=non_blocking) for part in (self.first, self.of))
+        return Texts(first, of, self.size)
 
 
 def different_texts(offsets: Tensor, ids: Tensor | None = None) -> Texts:

@@ -62,9 +62,9 @@ class CrossAttentionLayer(nn.Module):
     ) -> Tensor:
         """The same of packed node states (N, n_node), which are padded to attend alone."""
         q_BND = nodes.padded(self.query(self.norm(h_ND)))
-        parts = map(self._split, (q_BND, k_BTD, v_BTD))
+        q_BHNd, k_BHTd, v_BHTd = map(self._split, (q_BND, k_BTD, v_BTD))
         # Explicitly: for so few queries the fused kernels are slower, and their gradients not reproducible.
-        attended_BHNd, _ = attend(*parts, mask_BT[:, None, None, :], weights=True)
+        attended_BHNd, _ = attend(q_BHNd, k_BHTd, v_BHTd, mask_BT[:, None, None, :], weights=True)
         return self._updated(h_ND, nodes.packed(attended_BHNd.transpose(1, 2).flatten(2)))
 
     def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:

@@ -180,14 +180,13 @@ class Trainer:
             else:
                 group["lr"] = factor * group["peak"]
         others = [self.fabric.global_rank] if self.fabric.global_rank else []  # each drops out on its own
-        dropout = self.fabric.device, self.seed, "dropout", run.step, *others
-        if self.recorder is None:
-            seed_step(*dropout)
-            loss = self.descend(self.objective.loss(self.module, rows, run.step))
-        else:
+        if self.recorder is not None:
             key, function, inputs = self.objective.padded_loss(self.module, rows, run.step)
             self.recorder.record(key, lambda *inputs: self.descend(function(*inputs)), *inputs)
-            seed_step(*dropout)
+        seed_step(self.fabric.device, self.seed, "dropout", run.step, *others)
+        if self.recorder is None:
+            loss = self.descend(self.objective.loss(self.module, rows, run.step))
+        else:
             loss = self.recorder.replay(key, *inputs)
         run.step += 1
         return loss

@@ -8,6 +8,7 @@ on the shapes and values of its inputs alone, whether the run was interrupted or
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Recorder:
     def __init__(self, device: torch.device, state: Callable[[], Iterable[Tensor]]):
         self.device, self.state = device, state
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
-        self.pool: tuple[int, int] | None = None
+        self.pool: Any = None  # of memory, which all graphs share: they run one after another
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The function's value, recorded where `key` is new."""
