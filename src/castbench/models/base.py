@@ -53,7 +53,8 @@ class Network(nn.Module):
     @property
     def takes_padded(self) -> bool:
         """Whether it reads padded batches, and nothing that it does depends on what only the device knows."""
-        return self.structure is not None and self.structure.takes_padded and self.text_mode != "lora"
+        cached = self.text_mode == "none" or (self.text_mode == "frozen" and "token_ids" not in self.needs)
+        return cached and self.structure is not None and self.structure.takes_padded
 
     @property
     def text_mode(self) -> str:

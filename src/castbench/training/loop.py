@@ -101,7 +101,8 @@ class Trainer:
         self.optimizer = make_optimizer(network, training, fabric.device)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
-        if fabric.device.type == "cuda" and network.text_mode == "lora":
+        flash = fabric.device.type == "cuda" and training.get("precision", "32-true") != "32-true"
+        if flash and network.text_mode == "lora":
             # Where it only warns, flash attention adds up its gradients in any order.
             torch.use_deterministic_algorithms(True)
         self.recorder = None
