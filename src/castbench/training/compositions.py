@@ -56,6 +56,10 @@ class CompositionData:
         truth = {target: values[rows] for target, values in self.values.items()}
         return [self.formulas[row] for row in rows], truth
 
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says about the data."""
+        return {"n": {part: len(rows) for part, rows in self.rows.items()}, "inputs": self.checksums}
+
 
 def read_compositions(settings: dict[str, Any], compositions: Path, split: Path) -> CompositionData:
     """Read the formulas, their targets and their split.
@@ -106,8 +110,7 @@ def train_compositions(
     """
     fabric = open_session(settings["training"], threads)
     data = read_compositions(settings, compositions, split)
-    record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "inputs": data.checksums}
-    record |= {"n": {part: len(rows) for part, rows in data.rows.items()}}
+    record = {"dataset": settings["dataset"], "model": model, **data.record()}
     source = Compositions(torch.from_numpy(data.numbers), torch.from_numpy(data.fractions), fabric.device)
     for seed in seeds:
         own = record | {"seed": seed}
