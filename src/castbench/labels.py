@@ -1,7 +1,7 @@
 """Names, labels, units and colours of targets and models: the only place that has them."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 
 @dataclass(frozen=True)
@@ -36,47 +36,40 @@ class Model:
     source: str
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("total_energy", "Total energy", "eV/atom", "E", "energy_per_atom"),
-        Target("formation_energy", "Formation energy", "eV/atom", "E_f", "formation_energy_per_atom"),
-        Target("band_gap", "Band gap", "eV", "E_g", "band_gap"),
-        Target("energy_above_hull", "Energy above hull", "eV/atom", "E_hull", "energy_above_hull"),
-        Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "log G", "g_vrh", "log10"),
-        Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "log K", "k_vrh", "log10"),
-    )
-}
+Named = TypeVar("Named", bound="Target | Model | ClassTarget")
+
+
+def by_name(*named: Named) -> dict[str, Named]:
+    """Things by their names, in this order."""
+    return {one.name: one for one in named}
+
+
+TARGETS = by_name(
+    Target("total_energy", "Total energy", "eV/atom", "E", "energy_per_atom"),
+    Target("formation_energy", "Formation energy", "eV/atom", "E_f", "formation_energy_per_atom"),
+    Target("band_gap", "Band gap", "eV", "E_g", "band_gap"),
+    Target("energy_above_hull", "Energy above hull", "eV/atom", "E_hull", "energy_above_hull"),
+    Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "log G", "g_vrh", "log10"),
+    Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "log K", "k_vrh", "log10"),
+)
 TARGET_ORDER = tuple(TARGETS)
 
 # The tasks of Matbench v0.1 (Dunn et al. 2020) whose input is a structure; the values are in the task's unit.
-MATBENCH = {
-    target.name: target
-    for target in (
-        Target("matbench_jdft2d", "Exfoliation energy", "meV/atom", "E_exf", "matbench_jdft2d"),
-        Target("matbench_phonons", "Last phonon peak", "1/cm", "ω", "matbench_phonons"),
-        Target("matbench_dielectric", "Refractive index", "unitless", "n", "matbench_dielectric"),
-        Target("matbench_log_gvrh", "log10 shear modulus", "log10 GPa", "log G", "matbench_log_gvrh"),
-        Target("matbench_log_kvrh", "log10 bulk modulus", "log10 GPa", "log K", "matbench_log_kvrh"),
-        Target(
-            "matbench_perovskites",
-            "Perovskite formation energy",
-            "eV/unit cell",
-            "E_f",
-            "matbench_perovskites",
-        ),
-        Target("matbench_mp_gap", "Band gap", "eV", "E_g", "matbench_mp_gap"),
-        Target(
-            "matbench_mp_is_metal",
-            "Metal",
-            "probability",
-            "metal",
-            "matbench_mp_is_metal",
-            task="classification",
-        ),
-        Target("matbench_mp_e_form", "Formation energy", "eV/atom", "E_f", "matbench_mp_e_form"),
-    )
-}
+MATBENCH = by_name(
+    Target("matbench_jdft2d", "Exfoliation energy", "meV/atom", "E_exf", "matbench_jdft2d"),
+    Target("matbench_phonons", "Last phonon peak", "1/cm", "ω", "matbench_phonons"),
+    Target("matbench_dielectric", "Refractive index", "unitless", "n", "matbench_dielectric"),
+    Target("matbench_log_gvrh", "log10 shear modulus", "log10 GPa", "log G", "matbench_log_gvrh"),
+    Target("matbench_log_kvrh", "log10 bulk modulus", "log10 GPa", "log K", "matbench_log_kvrh"),
+    Target(
+        "matbench_perovskites", "Perovskite formation energy", "eV/unit cell", "E_f", "matbench_perovskites"
+    ),
+    Target("matbench_mp_gap", "Band gap", "eV", "E_g", "matbench_mp_gap"),
+    Target(
+        "matbench_mp_is_metal", "Metal", "probability", "metal", "matbench_mp_is_metal", task="classification"
+    ),
+    Target("matbench_mp_e_form", "Formation energy", "eV/atom", "E_f", "matbench_mp_e_form"),
+)
 FOLDS = 5
 
 
@@ -94,18 +87,15 @@ TARGETS |= {
 }
 
 # Okabe and Ito's colour-blind safe palette; the order is that of Table 1 of the CAST paper.
-MODELS = {
-    model.name: model
-    for model in (
-        Model("structure_only", "coGN", "#0072B2", "graph", "Ruff et al. 2024"),
-        Model("text_only", "Text encoder (LoRA)", "#E69F00", "text", "Gupta et al. 2022"),
-        Model("crysmmnet_frozen", "CrysMMNet (frozen)", "#56B4E9", "graph + text", "Das et al. 2023"),
-        Model("crysmmnet_lora", "CrysMMNet (LoRA)", "#009E73", "graph + text", "Das et al. 2023"),
-        Model("multimat", "MultiMat", "#999999", "graph + text", "Moro et al. 2024"),
-        Model("cast_scratch", "CAST (no pretraining)", "#CC79A7", "graph + text", "Lee et al. 2025"),
-        Model("cast", "CAST", "#D55E00", "graph + text", "Lee et al. 2025"),
-    )
-}
+MODELS = by_name(
+    Model("structure_only", "coGN", "#0072B2", "graph", "Ruff et al. 2024"),
+    Model("text_only", "Text encoder (LoRA)", "#E69F00", "text", "Gupta et al. 2022"),
+    Model("crysmmnet_frozen", "CrysMMNet (frozen)", "#56B4E9", "graph + text", "Das et al. 2023"),
+    Model("crysmmnet_lora", "CrysMMNet (LoRA)", "#009E73", "graph + text", "Das et al. 2023"),
+    Model("multimat", "MultiMat", "#999999", "graph + text", "Moro et al. 2024"),
+    Model("cast_scratch", "CAST (no pretraining)", "#CC79A7", "graph + text", "Lee et al. 2025"),
+    Model("cast", "CAST", "#D55E00", "graph + text", "Lee et al. 2025"),
+)
 MODEL_ORDER = tuple(MODELS)
 # structure encoder: (label, source)
 STRUCTURE_ENCODERS = {
@@ -132,28 +122,22 @@ class ClassTarget:
     unit: str
 
 
-CLASS_TARGETS = {
-    target.name: target
-    for target in (
-        ClassTarget("stability", "Stability", "stable", "unstable", "energy_above_hull", "eV/atom"),
-        ClassTarget("metallicity", "Metallicity", "metal", "non-metal", "band_gap", "eV"),
-    )
-}
+CLASS_TARGETS = by_name(
+    ClassTarget("stability", "Stability", "stable", "unstable", "energy_above_hull", "eV/atom"),
+    ClassTarget("metallicity", "Metallicity", "metal", "non-metal", "band_gap", "eV"),
+)
 
 # Models of the composition study, from what knows least to what knows most.
-COMPOSITION_MODELS = {
-    model.name: model
-    for model in (
-        Model("baseline", "Training mean, majority class", "#6e7781", "nothing", "baseline"),
-        Model("random_forest", "Random forest (Magpie)", "#8C6D31", "formula", "Ward et al. 2016"),
-        Model("crabnet", "CrabNet-style attention", "#009E73", "formula", "Wang et al. 2021"),
-        Model("edm_cross_entropy", "EDM, cross-entropy", "#56B4E9", "formula", "EDM report"),
-        Model("edm_alpha_report", "EDM, focal, alpha 0.25", "#E69F00", "formula", "EDM report"),
-        Model("edm_transformer", "EDM, focal, alpha by frequency", "#CC79A7", "formula", "EDM report"),
-        MODELS["structure_only"],
-        MODELS["cast"],
-    )
-}
+COMPOSITION_MODELS = by_name(
+    Model("baseline", "Training mean, majority class", "#6e7781", "nothing", "baseline"),
+    Model("random_forest", "Random forest (Magpie)", "#8C6D31", "formula", "Ward et al. 2016"),
+    Model("crabnet", "CrabNet-style attention", "#009E73", "formula", "Wang et al. 2021"),
+    Model("edm_cross_entropy", "EDM, cross-entropy", "#56B4E9", "formula", "EDM report"),
+    Model("edm_alpha_report", "EDM, focal, alpha 0.25", "#E69F00", "formula", "EDM report"),
+    Model("edm_transformer", "EDM, focal, alpha by frequency", "#CC79A7", "formula", "EDM report"),
+    MODELS["structure_only"],
+    MODELS["cast"],
+)
 COMPOSITION_ORDER = tuple(COMPOSITION_MODELS)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from castbench.compositions.targets import class_values
 from castbench.errors import InputError
 from castbench.labels import CLASS_TARGETS
-from castbench.materials.splits import PARTS, assign, checksum, load_split
+from castbench.materials.splits import PARTS, assign, checksum, load_split, write_split
 from castbench.provenance import write_json
 
 log = logging.getLogger(__name__)
@@ -103,10 +103,8 @@ def split_structures(
         reason = f"no crystal of a formula in {empty[0]}" if empty else None
         if reason:
             log.warning("%s: %s; skipped", target, reason)
-        own = {part: [] if reason else sorted(ids[part]) for part in PARTS}
         header = {"target": target, "seed": settings["seed"], "fractions": settings["fractions"]}
-        header |= {"group_by": "composition", "status": "too_few" if reason else "ok", "reason": reason}
-        write_json(output / f"{target}.json", header | own | {"checksum": checksum(own)})
+        write_split(output / f"{target}.json", header | {"group_by": "composition"}, ids, reason)
 
 
 def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, Any]:

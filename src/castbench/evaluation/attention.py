@@ -21,6 +21,7 @@ from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_errors, read_run
 from castbench.evaluation.trained import load_run
 from castbench.labels import MODELS as LABELLED
+from castbench.materials.splits import PARTS
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
@@ -320,7 +321,7 @@ def describe_crystals(
         reading = reader.read(texts[row])
         check_tokens(reading, packed[row], material_id)
         batch = crystals.batch(torch.tensor([row]))
-        splits = [part for part in ("train", "validation", "test") if material_id in record[part]]
+        splits = [part for part in PARTS if material_id in record[part]]
         entry |= {
             "formula": formulas[material_id],
             "split": splits[0] if splits else None,

@@ -55,11 +55,16 @@ def read_files(paths: Iterable[Path]) -> Iterator[Record]:
                 if not file.name.startswith(".") and any(fnmatch.fnmatch(file.name, k) for k in IN_FOLDERS)
             )
             continue
-        try:
-            for name, record in read_file(path):
-                yield str(path.parent / name), record
-        except InputError as error:
-            yield str(path), RecordError("unreadable file", str(error).removeprefix(f"{path}: "))
+        yield from named(path, read_file(path))
+
+
+def named(path: Path, records: Iterable[Record]) -> Iterator[Record]:
+    """The records of a file, by its path; a RecordError stands for what is unreadable."""
+    try:
+        for name, record in records:
+            yield str(path.parent / name), record
+    except InputError as error:
+        yield str(path), RecordError("unreadable file", str(error).removeprefix(f"{path}: "))
 
 
 def read_file(path: Path) -> Iterator[Record]:
@@ -118,12 +123,8 @@ def read_formulas(given: Iterable[Path]) -> Iterator[tuple[str, Any]]:
         if not word.exists():
             yield str(word), str(word)
             continue
-        try:
-            for name, record in read_records(word):
-                formula = record if isinstance(record, RecordError) else columns.get(record, "formula")
-                yield str(word.parent / name), formula
-        except InputError as error:
-            yield str(word), RecordError("unreadable file", str(error).removeprefix(f"{word}: "))
+        for name, record in named(word, read_records(word)):
+            yield name, record if isinstance(record, RecordError) else columns.get(record, "formula")
 
 
 def find_encoder(folder: Path, checksum: str) -> Path:

@@ -15,8 +15,8 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from castbench.errors import InputError
 from castbench.labels import FOLDS, MATBENCH, fold_name
 from castbench.materials.matbench import make_ids, published, read_values
-from castbench.materials.splits import PARTS, checksum
-from castbench.provenance import atomic_path, sha256_file, sha256_json, write_json
+from castbench.materials.splits import write_split
+from castbench.provenance import atomic_path, sha256_file, sha256_json
 
 log = logging.getLogger(__name__)
 RANDOM_STATE = 18012019  # Matbench's
@@ -60,9 +60,16 @@ def split_matbench(settings: dict[str, Any], materials: Path, output: Path, task
             lists = {"test": ids[(fold == k) & kept], "train": ids[(fold != k) & kept]}
             order = np.random.default_rng([settings["seed"], k]).permutation(len(lists["train"]))
             aside = order[: round(settings["validation"] * len(order))]
-            lists["validation"] = np.sort(lists["train"][aside])
+            lists["validation"] = lists["train"][aside]
             lists["train"] = np.delete(lists["train"], aside)
-            write_fold(output, task, k, {part: lists[part].tolist() for part in PARTS}, settings)
+            empty = [part for part in ("train", "test") if not len(lists[part])]  # validation may be
+            header = {"target": fold_name(task, k), "task": task, "fold": k, "seed": settings["seed"]}
+            write_split(
+                output / f"{fold_name(task, k)}.json",
+                header | {"validation_share": settings["validation"]},
+                {part: names.tolist() for part, names in lists.items()},
+                f"no crystal is left in {empty[0]}" if empty else None,
+            )
 
 
 def make_folds(values: np.ndarray, classes: bool, path: Path) -> np.ndarray:
@@ -100,17 +107,3 @@ def check_published(task: str, ids: np.ndarray, fold: np.ndarray) -> None:
             f"{task}: its folds are not those that Matbench published; scikit-learn shuffles otherwise than "
             "it did, use the version of requirements.lock"
         )
-
-
-def write_fold(
-    folder: Path, task: str, k: int, lists: dict[str, list[str]], settings: dict[str, Any]
-) -> None:
-    """Write the split of a fold; a part is empty by design where nothing is set aside for validation."""
-    empty = [part for part in ("train", "test") if not lists[part]]
-    reason = f"no crystal is left in {empty[0]}" if empty else None
-    header = {"target": fold_name(task, k), "task": task, "fold": k, "seed": settings["seed"]}
-    header |= {"validation_share": settings["validation"], "status": "too_few" if reason else "ok"}
-    ids = {part: [] if reason else lists[part] for part in PARTS}
-    write_json(
-        folder / f"{fold_name(task, k)}.json", header | {"reason": reason} | ids | {"checksum": checksum(ids)}
-    )

@@ -53,7 +53,11 @@ def split_materials(settings: dict[str, Any], materials: Path, output: Path) -> 
         for i in range(len(ids)):
             if target in members[i]:
                 lists[PARTS[part_of[i]]].append(ids[i])
-        write_split(output / f"{target}.json", target, lists, settings["seed"], fractions, group_by)
+        reason = too_few(lists, group_by)
+        if reason:
+            log.warning("%s: %s; skipped", target, reason)
+        header = {"target": target, "seed": settings["seed"], "fractions": fractions, "group_by": group_by}
+        write_split(output / f"{target}.json", header, lists, reason)
 
 
 def read_members(materials: Path, group_by: str | None) -> tuple[list[str], list[str], list[list[str]]]:
@@ -107,27 +111,26 @@ def assign(counts: np.ndarray, fractions: Sequence[float], seed: int) -> list[in
     return part_of
 
 
-def write_split(
-    path: Path,
-    target: str,
-    lists: Mapping[str, list[str]],
-    seed: int,
-    fractions: Sequence[float],
-    group_by: str | None,
-) -> None:
-    """Write a target's split, ids sorted; a target that is too small gets empty lists and one warning."""
+def too_few(lists: Mapping[str, list[str]], group_by: str | None) -> str | None:
+    """Why a target is not trained on, if it is not: it is too small, or a part is empty."""
     total = sum(map(len, lists.values()))
-    reason = None
     if total < FEWEST:
-        reason = f"{total} crystals, and {FEWEST} are the fewest to train on"
-    elif empty := [part for part in PARTS if not lists[part]]:
-        reason = f"{total} crystals in too few groups by {group_by}: {empty[0]} is empty"
-    if reason:
-        log.warning("%s: %s; skipped", target, reason)
+        return f"{total} crystals, and {FEWEST} are the fewest to train on"
+    if empty := [part for part in PARTS if not lists[part]]:
+        return f"{total} crystals in too few groups by {group_by}: {empty[0]} is empty"
+    return None
+
+
+def write_split(
+    path: Path, header: Mapping[str, Any], lists: Mapping[str, list[str]], reason: str | None = None
+) -> None:
+    """Write a split: `header`, status, the ids of each part, sorted, and their checksum.
+
+    Where there is a `reason` not to train on it, the lists are written empty.
+    """
     ids = {part: [] if reason else sorted(lists[part]) for part in PARTS}
-    header = {"target": target, "seed": seed, "fractions": list(fractions), "group_by": group_by}
     status = {"status": "too_few" if reason else "ok", "reason": reason}
-    write_json(path, header | status | ids | {"checksum": checksum(ids)})
+    write_json(path, {**header, **status, **ids, "checksum": checksum(ids)})
 
 
 def checksum(split: Mapping[str, Any]) -> str:

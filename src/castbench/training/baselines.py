@@ -59,8 +59,7 @@ def fit_baseline(
             part: (*data.part(part), {target: found[data.rows[part]] for target, found in predicted.items()})
             for part in ("validation", "test")
         }
-        record = {"dataset": settings["dataset"], "model": model, "seed": seed, "inputs": data.checksums}
-        record |= {"n": {part: len(rows) for part, rows in data.rows.items()}}
+        record = {"dataset": settings["dataset"], "model": model, "seed": seed, **data.record()}
         seconds = time.monotonic() - start
         spent = {"seconds": round(seconds, 3), "hardware": hardware() | {"threads": threads, "device": "cpu"}}
         write_composition_run(output / str(seed), record, settings, Result("finished", cost=spent), parts)

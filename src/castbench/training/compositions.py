@@ -25,8 +25,8 @@ from castbench.models.composition import CompositionNetwork, Compositions
 from castbench.provenance import sha256_file
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask
-from castbench.training.records import Result, failed, run_record, write_run
-from castbench.training.session import cost, open_session, run_key
+from castbench.training.records import Result, run_result, write_run
+from castbench.training.session import open_session, run_key
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,10 @@ class CompositionData:
         rows = self.rows[name]
         truth = {target: values[rows] for target, values in self.values.items()}
         return [self.formulas[row] for row in rows], truth
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says about the data."""
+        return {"n": {part: len(rows) for part, rows in self.rows.items()}, "inputs": self.checksums}
 
 
 def read_compositions(settings: dict[str, Any], compositions: Path, split: Path) -> CompositionData:
@@ -106,8 +110,7 @@ def train_compositions(
     """
     fabric = open_session(settings["training"], threads)
     data = read_compositions(settings, compositions, split)
-    record: dict[str, Any] = {"dataset": settings["dataset"], "model": model, "inputs": data.checksums}
-    record |= {"n": {part: len(rows) for part, rows in data.rows.items()}}
+    record = {"dataset": settings["dataset"], "model": model, **data.record()}
     source = Compositions(torch.from_numpy(data.numbers), torch.from_numpy(data.fractions), fabric.device)
     for seed in seeds:
         own = record | {"seed": seed}
@@ -137,8 +140,9 @@ def train_composition_seed(
     key = run_key(fabric, settings=settings, record=record)
     checkpoints, folder = output / "checkpoints" / str(seed), output / str(seed)
     trainer = Trainer(network, objective, training, training["epochs"], seed, fabric, checkpoints, key)
-    run = trainer.fit()
-    found = run_record(network, run) | {
+    trainer.fit()
+    result = run_result(trainer, lambda rows: [data.formulas[row] for row in rows.tolist()])
+    result.record |= {
         "scale": {
             target: dict(zip(("mean", "std"), s, strict=True)) for target, s in objective.scale.items()
         },
@@ -147,15 +151,11 @@ def train_composition_seed(
             for target, (alpha, gamma) in objective.weights.items()
         },
     }
-    spent = cost(fabric, run.seconds, run.step * len(objective.rows) // run.steps)
     parts = {}
-    if run.failure:
-        result = failed(run, [data.formulas[row] for row in run.failure.rows.tolist()], found, spent)
-    else:
+    if result.status == "finished":
         for part in ("validation", "test"):
             predicted = objective.in_unit(objective.predict(trainer.module, rows[part]))
             parts[part] = (*data.part(part), predicted)
-        result = Result("finished", None, found, spent, run.history, run.best)
     if fabric.is_global_zero:
         write_composition_run(folder, record, settings, result, parts, objective.columns)
 

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from castbench.materials.splits import load_split
+from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_pretraining
 from castbench.models.base import Network
 from castbench.models.batch import Batch
@@ -21,13 +21,12 @@ from castbench.text.states import round_states
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer
 from castbench.training.objectives import MaskedNode, Pretraining
-from castbench.training.records import Result, encoder_record, failed, run_record, write_run
+from castbench.training.records import Result, encoder_record, run_result, write_run
 from castbench.training.schedule import generator
-from castbench.training.session import cost, open_session, run_key
+from castbench.training.session import open_session, run_key
 
 log = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")
 Alter = Callable[[Batch, Tensor], Batch]  # a batch of rows, and the rows
 OBJECTIVES: dict[str, type[Pretraining]] = {"masked_node": MaskedNode, "contrastive": Pretraining}
 
@@ -112,11 +111,10 @@ def run_objective(
     """Pretrain, then evaluate the best weights on validation; masked nodes also without their own text."""
     key, epochs = run_key(fabric, settings=settings, record=record), settings["pretraining"]["epochs"]
     trainer = Trainer(network, task, settings["training"], epochs, record["seed"], fabric, checkpoints, key)
-    run = trainer.fit()
-    found = run_record(network, run)
-    spent = cost(fabric, run.seconds, run.step * len(task.rows) // run.steps)
-    if run.failure:
-        return failed(run, task.crystals.ids(run.failure.rows), found, spent)
+    trainer.fit()
+    result = run_result(trainer, task.crystals.ids)
+    if result.status == "failed":
+        return result
     loss, accuracy = task.evaluate(trainer.module)
     scores = {"loss": loss, "accuracy": accuracy}
     if isinstance(task, MaskedNode):
@@ -128,7 +126,8 @@ def run_objective(
             f"accuracy_{name}": task.evaluate(trainer.module, alter)[1] for name, alter in controls.items()
         }
     log.info("%s, validation: %s", record["objective"], scores)
-    return Result("finished", None, found | {"validation": scores}, spent, run.history, run.best)
+    result.record["validation"] = scores
+    return result
 
 
 def shuffled_text(task: Pretraining) -> Alter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from castbench.provenance import atomic_path, code_version, package_versions, wr
 from castbench.text import read_encoder
 from castbench.training.card import model_card
 from castbench.training.checkpoint import encode
-from castbench.training.loop import Run
+from castbench.training.loop import Run, Trainer
+from castbench.training.session import cost
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +76,24 @@ def encoder_record(network: Network, encoder: Path) -> dict[str, str] | None:
     return {key: manifest[key] for key in ("id", "revision", "checksum")}
 
 
-def failed(run: Run, ids: list[str], record: dict[str, Any], cost: dict[str, Any]) -> Result:
-    """The result of a run that stopped at a value that is not finite; `ids` are the crystals of the batch."""
-    assert run.failure is not None
+def run_result(trainer: Trainer, names: Callable[[Tensor], list[str]]) -> Result:
+    """What became of a training: it is finished, or it failed at a value that is not finite.
+
+    `names` gives the ids of rows; a failure lists those of its batch.
+    """
+    run = trainer.run
+    record = run_record(trainer.network, run)
+    spent = cost(trainer.fabric, run.seconds, run.step * len(trainer.objective.rows) // run.steps)
+    if run.failure is None:
+        return Result("finished", None, record, spent, run.history, run.best)
+    ids = names(run.failure.rows)
     log.error(
         "%s is not finite at step %d, learning rate %.3g; the run stops. Its batch: %s",
         run.failure.what, run.failure.step, run.failure.learning_rate, ", ".join(ids),
     )  # fmt: skip
     where = {"step": run.failure.step, "learning_rate": run.failure.learning_rate, "material_ids": ids}
     reason = f"{run.failure.what} is not finite at step {run.failure.step}"
-    return Result("failed", reason, record | {"failure": where}, cost, run.history)
+    return Result("failed", reason, record | {"failure": where}, spent, run.history)
 
 
 def write_run(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from castbench.errors import InputError
 from castbench.labels import TARGETS
-from castbench.materials.splits import load_split
+from castbench.materials.splits import PARTS, load_split
 from castbench.materials.targets import target_values
 from castbench.models import build_model, load_pretrained
 from castbench.models.base import Network
@@ -28,20 +28,12 @@ from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer, terminable
 from castbench.training.objectives import Classification, Regression
-from castbench.training.records import (
-    Result,
-    encoder_record,
-    failed,
-    run_record,
-    write_predictions,
-    write_run,
-)
-from castbench.training.session import cost, open_session, run_key
+from castbench.training.records import Result, encoder_record, run_result, write_predictions, write_run
+from castbench.training.session import open_session, run_key
 from castbench.training.turns import take_turns
 
 log = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")
 OBJECTIVES = {"regression": Regression, "classification": Classification}
 
 
@@ -221,20 +213,18 @@ def train_seed(
         network, objective, training, training["epochs"], record["seed"], fabric, checkpoints, key
     )
     yield from trainer.steps(terminated)
-    run = trainer.run
-    found = run_record(network, run) | {"target_mean": objective.mean, "target_std": objective.std}
-    spent = cost(fabric, run.seconds, run.step * len(objective.rows) // run.steps)
-    if run.failure:
-        return failed(run, data.crystals.ids(run.failure.rows), found, spent)
-    predictions = {}
+    result = run_result(trainer, data.crystals.ids)
+    result.record |= {"target_mean": objective.mean, "target_std": objective.std}
+    if result.status == "failed":
+        return result
     for part in ("validation", "test"):
         rows = data.rows[part]
         if not len(rows):  # a split may set nothing aside for validation
             continue
         predicted = objective.in_unit(objective.predict(trainer.module, rows))
-        predictions[part] = data.crystals.ids(rows), data.values[rows.numpy()], predicted
-        found[part] = objective.score(*predictions[part][1:])
-    log.info(
-        "%s, test: %s %s %s", record["target"], objective.main, found["test"][objective.main], record["unit"]
-    )
-    return Result("finished", None, found, spent, run.history, run.best, predictions)
+        truth = data.values[rows.numpy()]
+        result.predictions[part] = data.crystals.ids(rows), truth, predicted
+        result.record[part] = objective.score(truth, predicted)
+    score = result.record["test"][objective.main]
+    log.info("%s, test: %s %s %s", record["target"], objective.main, score, record["unit"])
+    return result

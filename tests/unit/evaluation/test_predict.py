@@ -45,7 +45,7 @@ def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(to_table(kept), materials)
     split = results / "splits" / "total_energy.json"
     lists = {"train": ids[:20], "validation": ids[20:25], "test": ids[:24:-1]}  # 11 in another order
-    write_split(split, "total_energy", lists, 0, [0.6, 0.1, 0.3], None)
+    write_split(split, {"target": "total_energy"}, lists)
     write_encoder(results / "bert")
     prefetch_encoder(str(results / "bert"), results.parent / "encoders" / "tiny")
     encoder = results.parent / "encoders" / "tiny"

@@ -161,7 +161,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     materials = root / "materials.parquet"
     pq.write_table(pa.table({"material_id": ids, TARGETS[TARGET].column: rng.normal(-5, 2, N)}), materials)
     lists = {"train": ids[:28], "validation": ids[28:34], "test": ids[34:]}
-    write_split(root / "splits" / f"{TARGET}.json", TARGET, lists, 0, [0.7, 0.15, 0.15], None)
+    write_split(root / "splits" / f"{TARGET}.json", {"target": TARGET}, lists)
     write_graphs(root / "graphs", materials, ids)
     write_text(root, ids)
     return DataSet(root)

@@ -54,22 +54,12 @@ def arguments(data, objective, output, splits):
 def test_no_validation_or_test_crystal_of_any_target_is_trained_on(data, tmp_path, monkeypatch):
     """Also where the splits, which may be the user's own, overlap."""
     ids = [f"m-{i}" for i in range(40)]
-    write_split(
-        tmp_path / "a.json",
-        "a",
-        {"train": ids[:24], "validation": ids[24:30], "test": ids[30:]},
-        0,
-        [1],
-        None,
-    )
-    write_split(
-        tmp_path / "b.json",
-        "b",
-        {"train": ids[20:36], "validation": ids[36:38], "test": ids[:3]},
-        0,
-        [1],
-        None,
-    )
+    lists = {
+        "a": {"train": ids[:24], "validation": ids[24:30], "test": ids[30:]},
+        "b": {"train": ids[20:36], "validation": ids[36:38], "test": ids[:3]},
+    }
+    for target, own in lists.items():
+        write_split(tmp_path / f"{target}.json", {"target": target}, own)
     seen = []
     original = MaskedNode.loss
     monkeypatch.setattr(
@@ -85,7 +75,8 @@ def test_no_validation_or_test_crystal_of_any_target_is_trained_on(data, tmp_pat
 
 
 def test_pretraining_is_skipped_where_every_target_is(data, tmp_path):
-    write_split(tmp_path / "a.json", "a", {"train": ["m-1"], "validation": [], "test": []}, 0, [1], None)
+    lists = {"train": ["m-1"], "validation": [], "test": []}
+    write_split(tmp_path / "a.json", {"target": "a"}, lists, "1 crystals, and 20 are the fewest to train on")
     pretrain_model(**arguments(data, "contrastive", tmp_path / "0", [tmp_path / "a.json"]))
     found = json.loads((tmp_path / "0" / "metrics.json").read_text())
     assert (found["status"], found["reason"]) == ("skipped", "no target has enough crystals")

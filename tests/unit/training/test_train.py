@@ -279,12 +279,11 @@ def test_a_classification_predicts_probabilities(data, tmp_path):
 
 
 def test_a_target_with_too_few_crystals_is_skipped(data, tmp_path):
-    write_split(
-        tmp_path / "s.json", "total_energy", {"train": ["m-1"], "validation": [], "test": []}, 0, [1], None
-    )
+    lists, reason = {"train": ["m-1"], "validation": [], "test": []}, "1 crystals, and 20 are the fewest"
+    write_split(tmp_path / "s.json", {"target": "total_energy"}, lists, reason)
     train_model(**arguments(data, "structure_only", tmp_path / "run", split=tmp_path / "s.json"))
     found = record(tmp_path / "run" / "0")
-    assert found["status"] == "skipped" and "20 are the fewest" in found["reason"]
+    assert (found["status"], found["reason"]) == ("skipped", reason)
     assert len(pd.read_parquet(tmp_path / "run" / "0" / "predictions.parquet")) == 0
     assert (tmp_path / "run" / "0" / "cost.json").read_text() == "{}\n"
 
