@@ -12,6 +12,7 @@ from torch import nn
 
 from castbench.graphs.neighbours import CrystalGraph
 from castbench.graphs.packed import PackedWriter
+from castbench.materials.splits import write_split
 from castbench.models import OBJECTIVES, build_model, build_pretraining
 from castbench.provenance import sha256_file, write_json
 from castbench.text.encoders import prefetch_encoder
@@ -115,7 +116,8 @@ def write_study(results: Path) -> Path:
         ),
         root / "materials.parquet",
     )
-    write_json(root / "splits" / "band_gap.json", {"train": IDS[8:], "validation": [], "test": TEST})
+    lists = {"train": IDS[8:], "validation": [], "test": TEST}
+    write_split(root / "splits" / "band_gap.json", {"target": "band_gap"}, lists)
     write_graphs(root)
     texts = [TEXTS[i % 2] for i in range(len(IDS))]
     texts[WITHOUT_TEXT] = None

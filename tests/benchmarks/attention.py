@@ -29,7 +29,8 @@ import small_study  # noqa: E402
 from castbench import config as meaning  # noqa: E402
 from castbench.graphs.neighbours import CrystalGraph  # noqa: E402
 from castbench.graphs.packed import PackedWriter  # noqa: E402
-from castbench.provenance import sha256_file, write_json  # noqa: E402
+from castbench.materials.splits import write_split  # noqa: E402
+from castbench.provenance import sha256_file  # noqa: E402
 from castbench.text.encoders import prefetch_encoder  # noqa: E402
 from castbench.text.states import embed_text  # noqa: E402
 from castbench.text.tokens import tokenize_text  # noqa: E402
@@ -142,7 +143,8 @@ def main() -> None:
         print(f"{'crystals':>9} {'castbench':>18} {'all maps held':>18}")
         for count in sorted(arguments.crystals):
             split = root / f"{count}.json"
-            write_json(split, {"train": [], "validation": [], "test": [f"m-{i}" for i in range(count)]})
+            lists = {"train": [], "validation": [], "test": [f"m-{i}" for i in range(count)]}
+            write_split(split, {"target": "band_gap"}, lists)
             found = [measure(script, root, split) for script in (OURS, HELD)]
             cells = [f"{memory:>7.0f} MiB {seconds:>4.0f} s" for memory, seconds in found]
             print(f"{count:>9,} {cells[0]:>18} {cells[1]:>18}", flush=True)

@@ -1,6 +1,5 @@
 """Cross-attention of CAST without and with pretraining: the data of the paper's Figures 2 and 3."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_errors, read_run
 from castbench.evaluation.trained import load_run
 from castbench.labels import MODELS as LABELLED
-from castbench.materials.splits import PARTS
+from castbench.materials.splits import PARTS, load_split
 from castbench.models.batch import Batch
 from castbench.models.cross_attention import Cast
 from castbench.provenance import atomic_path, write_json
@@ -94,7 +93,7 @@ def extract_attention(
         device: cpu, cuda or auto.
     """
     chosen = choose_device(device)
-    target, record = settings["target"], json.loads(split.read_text())
+    target, record = settings["target"], load_split(split)
     finished: dict[str, list[int]] = {}
     for name, seed in ((name, seed) for name in MODELS for seed in seeds):
         if read_run(runs / target / name / str(seed))["status"] == "finished":

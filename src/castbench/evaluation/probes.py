@@ -6,7 +6,6 @@ and [SEP] stay, and the whole text encoder runs again on the rest.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import check_tokens, read_texts
 from castbench.evaluation.trained import load_run
 from castbench.labels import TARGETS
+from castbench.materials.splits import load_split
 from castbench.materials.targets import target_values
 from castbench.models.base import Network
 from castbench.models.batch import GROUP, Batch
@@ -89,7 +89,7 @@ def probe_text(
         output: Parquet file, see `SCHEMA`; without rows of runs that did not finish.
         device: cpu, cuda or auto.
     """
-    wanted = json.loads(split.read_text(encoding="utf-8"))["test"]
+    wanted = load_split(split)["test"]
     packed, reader = PackedTokens.open(tokens), Reader.of(tokens, encoder)
     with atomic_path(output) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
         for seed in seeds:

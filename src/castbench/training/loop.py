@@ -115,12 +115,11 @@ class Trainer:
         steps = math.ceil(len(objective.rows) / objective.batch_size)
         self.run = Run(steps, epochs * steps, torch.zeros(steps, dtype=torch.float64, device=fabric.device))
 
-    def fit(self) -> Run:
+    def fit(self) -> None:
         """Train to the end, see `steps`. On SIGTERM a checkpoint is written, and the process exits."""
         with terminable() as terminated:
             for _ in self.steps(terminated):
                 pass
-        return self.run
 
     def steps(self, terminated: threading.Event) -> Iterator[None]:
         """Train to the end from the newest checkpoint, and leave the network with its best weights.
