@@ -1,6 +1,6 @@
 """A training step of coGN, CAST and the LoRA text encoder against plain loops, and the machine's ceilings.
 
-    python tests/benchmarks/train.py [--device cpu] [--threads 1] [--rounds 9] [--only cogn cast lora seeds]
+    PYTHONHASHSEED=0 python tests/benchmarks/train.py [--device cpu] [--rounds 9] [--only cogn cast lora]
 
 With --inputs FOLDER they are kept there, so that a machine that has neither the data nor pymatgen can read
 what another made.
