@@ -15,7 +15,8 @@ DESCRIBED = {"elastic4": 80, "mp36k": 90, "phonons_text": 30}
 
 
 def sample(folder: Path, counts: dict[str, int]) -> list[dict[str, Any]]:
-    """About that many crystals of each file: file, material_id, nsites, structure (as materials.parquet)."""
+    """About that many crystals of each file: file, material_id, nsites, structure (as materials.parquet), and
+    its own description, if it has one."""
     found = []
     for name, count in counts.items():
         with zstandard.open(folder / f"{name}.jsonl.zst", "rt", encoding="utf-8") as lines:
@@ -26,5 +27,6 @@ def sample(folder: Path, counts: dict[str, int]) -> list[dict[str, Any]]:
                     "frac_coords": np.ravel(row["frac"]).tolist(),
                 }
                 kept = {key: row[key] for key in ("material_id", "nsites")}
-                found.append({"file": name, **kept, "structure": structure})
+                text = row.get("description")
+                found.append({"file": name, **kept, "structure": structure, "description": text})
     return found

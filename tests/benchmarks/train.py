@@ -20,7 +20,6 @@ it goes as far as a cache holds what the next operation reads.
 
 import argparse
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -68,7 +67,7 @@ from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
-ROWS = {"elastic4": 2880, "mp36k": 33124}
+FILES = ("elastic4", "mp36k")
 BATCH, WIDTH, DEPTH, HIDDEN = 64, 128, 5, 4
 RATES = {
     "learning_rate": 5e-4,
@@ -98,26 +97,23 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
 
     Those of a file without descriptions are generated, a third of a second each.
     """
-    import zstandard  # not needed where inputs are only read, as are the next
-    from pymatgen.core import Element, Lattice
+    from pymatgen.core import Element  # not needed where inputs are only read, as are the next
 
     from castbench.graphs.neighbours import crystal_graph
     from castbench.text import robocrystallographer
+    from real_crystals import sample
 
     robocrystallographer.prepare()
     graphs, rows = [], []
-    with zstandard.open(DATA / f"{name}.jsonl.zst", "rt") as lines:
-        every = max(ROWS[name] // n, 1)
-        for row in map(json.loads, itertools.islice(lines, 0, every * n, every)):
-            lattice, text = Lattice.from_parameters(*row["cell"]).matrix, row.get("description")
-            elements = np.array([Element(symbol).Z for symbol in row["species"]])
-            graphs.append(crystal_graph(lattice, np.array(row["frac"]), elements))
-            if text is None:
-                coordinates = np.ravel(row["frac"]).tolist()
-                crystal = {"lattice": lattice.ravel().tolist(), "frac_coords": coordinates}
-                with suppress(Exception):  # it has no text for a few
-                    text = robocrystallographer.describe(crystal | {"species": row["species"]})
-            rows.append({"material_id": row["material_id"], "text": text})
+    for crystal in sample(DATA, {name: n}):
+        structure, text = crystal["structure"], crystal["description"]
+        lattice, positions = (np.reshape(structure[key], (-1, 3)) for key in ("lattice", "frac_coords"))
+        elements = np.array([Element(symbol).Z for symbol in structure["species"]])
+        graphs.append(crystal_graph(lattice, positions, elements))
+        if text is None:
+            with suppress(Exception):  # it has no text for a few
+                text = robocrystallographer.describe(structure)
+        rows.append({"material_id": crystal["material_id"], "text": text})
     with PackedWriter(folder / "graphs", {"structure_encoder": "cogn"}, "benchmark") as writer:
         writer.append([row["material_id"] for row in rows], graphs)
     pq.write_table(pa.Table.from_pylist(rows), folder / "descriptions.parquet")
@@ -125,7 +121,7 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
 
 def write_inputs(n: int, folder: Path) -> None:
     """Crystals of both files, and the text encoder's vocabulary."""
-    for name in ROWS:
+    for name in FILES:
         (folder / name).mkdir(parents=True)
         write_crystals(name, n, folder / name)
     shutil.copyfile(DATA / "scivocab_uncased.txt", folder / "vocabulary.txt")

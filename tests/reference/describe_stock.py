@@ -38,6 +38,7 @@ def main() -> None:
     condenser, describer = StructureCondenser(), StructureDescriber()
     for row in rows:
         given = row.pop("structure")
+        row.pop("description", None)  # not ours to record
         structure = Structure(
             np.reshape(given["lattice"], (3, 3)), given["species"], np.reshape(given["frac_coords"], (-1, 3))
         )

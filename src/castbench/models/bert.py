@@ -15,7 +15,6 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 PROJECTIONS = ("query", "key", "value")
-ADAPTED = ("query", "value")
 
 
 def is_fused(hidden: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -206,11 +207,13 @@ def predict(
             chosen = rows[places]
             if not crystals.pads:
                 predicted = network(crystals.batch(chosen)).float()
-            elif recorder is None:
-                predicted = outputs(chosen.to(crystals.device), crystals.sizes(chosen))
             else:
                 sizes = crystals.sizes(chosen)
-                predicted = recorder.run(("predict", sizes), partial(outputs, sizes=sizes), chosen)
+                function = partial(outputs, sizes=sizes)
+                if recorder is None:
+                    predicted = function(chosen.to(crystals.device))
+                else:
+                    predicted = recorder.run(("predict", sizes), function, chosen)
             found[places[0] : places[-1] + 1] = predicted
     return share.summed(found).cpu().numpy()
 
@@ -236,12 +239,18 @@ class Pretraining(Objective):
     def outcome(self, network: nn.Module, rows: Tensor, *stream: int | str) -> Work:
         """Loss, number of right guesses and of all, (3,), as a function that can be recorded."""
         sizes = self.crystals.sizes(rows)
+        drawn = self.drawn(rows, sizes, *stream)
 
-        def outcome(rows: Tensor) -> Tensor:
-            found: Outcome = network(self.crystals.padded(rows, sizes))
+        def outcome(rows: Tensor, *values: Tensor) -> Tensor:
+            own: dict[str, Any] = dict(zip(drawn, values, strict=True))
+            found: Outcome = network(replace(self.crystals.padded(rows, sizes), **own))
             return torch.stack([found.loss, found.correct.detach(), found.count])
 
-        return sizes, outcome, (rows,)
+        return sizes, outcome, (rows, *drawn.values())
+
+    def drawn(self, rows: Tensor, sizes: Sizes, *stream: int | str) -> dict[str, Tensor]:
+        """What `prepare` adds to a batch, on the host and padded to its sizes."""
+        return {}
 
     def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
         """See `Objective`."""
@@ -298,18 +307,10 @@ class MaskedNode(Pretraining):
         batch.masked_nodes = self.mask(rows, *stream)[0].to(self.crystals.device)
         return batch
 
-    def outcome(self, network: nn.Module, rows: Tensor, *stream: int | str) -> Work:
-        """See `Pretraining`."""
-        sizes = self.crystals.sizes(rows)
-
-        def outcome(rows: Tensor, hidden: Tensor) -> Tensor:
-            batch = self.crystals.padded(rows, sizes)
-            batch.masked_nodes = hidden
-            found: Outcome = network(batch)
-            return torch.stack([found.loss, found.correct.detach(), found.count])
-
+    def drawn(self, rows: Tensor, sizes: Sizes, *stream: int | str) -> dict[str, Tensor]:
+        """The nodes to hide."""
         hidden = self.mask(rows, *stream)[0]
-        return sizes, outcome, (rows, functional.pad(hidden, (0, sizes.nodes - len(hidden))))
+        return {"masked_nodes": functional.pad(hidden, (0, sizes.nodes - len(hidden)))}
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () over the hidden nodes of a batch, which the processes that share it hide alike."""
