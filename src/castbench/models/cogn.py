@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from castbench.kernels import usable
 from castbench.models.batch import Batch
 from castbench.models.elements import N_ELEMENTS, element_facts
-from castbench.models.heads import dense
+from castbench.models.heads import dense, product_type
 from castbench.models.messages import Messages, SortedMessages
 from castbench.models.structure import StructureEncoder, gaussians
 
 CUTOFF = 8.0  # angstrom, the last centre of the distance basis
 N_BASIS = 32
 N_HIDDEN = 4  # layers of the message network after its first
+KERNEL_WIDTHS = (16, 32, 64, 128)  # that the GPU's kernels take
 
 
 class MessageBlock(nn.Module):
@@ -95,6 +97,27 @@ class CoGN(StructureEncoder):
         """Node states (N, width); see `StructureEncoder`."""
         states = self.hide(self.node_input(batch), batch, hidden)
         basis = gaussians(batch.distances, self.centres, 2 * CUTOFF / N_BASIS)
+        kind = product_type(basis)
+        fits = batch.sizes is not None and self.width in KERNEL_WIDTHS
+        if fits and usable("cogn", states.device, kind):
+            return self.rounds_together(states, basis, batch, kind)
         for block in self.blocks:
             states = block(states, basis, self.edge_input, batch)
         return states
+
+    def rounds_together(self, states: Tensor, basis: Tensor, batch: Batch, kind: torch.dtype) -> Tensor:
+        """Node states (N, width) after all rounds of a padded batch, by kernels for the GPU."""
+        from castbench.kernels.cogn import Rounds  # imports triton, which is not everywhere
+
+        blocks: list[Any] = list(self.blocks)
+        first = torch.stack([block.first.weight for block in blocks])
+        hidden = torch.stack([layer.weight for block in blocks for layer in block.hidden])
+        update = torch.stack([block.update.weight for block in blocks])
+        layers = (layer for block in blocks for layer in (block.first, *block.hidden, block.update))
+        biases = torch.stack([layer.bias for layer in layers])
+        return Rounds.apply(
+            states, basis, batch.edge_multiplicities, batch.edge_source, batch.edge_target,
+            batch.edge_starts, batch.source_order, batch.source_starts, kind,
+            self.edge_input.weight, self.edge_input.bias,
+            first, hidden.unflatten(0, (len(blocks), -1)), update, biases.unflatten(0, (len(blocks), -1)),
+        )  # fmt: skip

@@ -22,7 +22,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
-from castbench.models.heads import Regression, attend, dense
+from castbench.models.heads import Regression, attend, dense, product_type
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
 
@@ -189,12 +189,6 @@ class Fusion(nn.ModuleList):
     def _each(self, keys_and_values: Tensor) -> tuple[Tensor, ...]:
         """Keys (..., width) of the first layer, its values, keys of the second, and so on."""
         return keys_and_values.chunk(2 * len(self), dim=-1)
-
-
-def product_type(states: Tensor) -> torch.dtype:
-    """Type in which products with `states` are taken: that of autocast, where it is on."""
-    kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 class CrossAttentionNetwork(Network):

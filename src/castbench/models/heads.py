@@ -20,6 +20,12 @@ def dense(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
+def product_type(states: Tensor) -> torch.dtype:
+    """Type in which products with `states` are taken: that of autocast, where it is on."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of queries (B, H, Q, d) to keys and values (B, H, T, d).
 
