@@ -30,11 +30,12 @@ venv: .venv/made-from-lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	touch $@
 
-# Needs uv. CUDA libraries are left out: torch pins its own, and its CPU build has none.
+# Needs uv. CUDA libraries are left out: torch pins its own, and its CPU build has none. Triton is not: its interpreter runs
+# the kernels of a GPU in the tests.
 lock:
 	{ echo '# Every version of the environment; made from envs/requirements.in by `make lock`.'; \
 	  uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header envs/requirements.in \
-	  | grep -vE '^(nvidia-|cuda-|triton)'; } > requirements.lock
+	  | grep -vE '^(nvidia-|cuda-)'; } > requirements.lock
 
 # Needs conda and snakedeploy. Pins hold what conda installs; pip's part is pinned in envs/*.yaml.
 pins:

@@ -1,7 +1,7 @@
 """Triton kernels for the GPU: each file has the few passes that a chain of torch operations is made into.
 
-They give the same bits every time: no two programs add to one place. Where they cannot be used, the operations
-that they stand for are run one by one.
+They give the same bits every time: no two programs add to one place. Where they cannot be used, the
+operations that they stand for are run one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 @cache
 def usable(name: str, device: torch.device, kind: torch.dtype) -> bool:
-    """Whether the kernels of the file `name`, with products in type `kind`, find on a device what torch does."""
+    """Whether the kernels of file `name`, with products in type `kind`, find on a device what torch does."""
     if device.type != "cuda":
         return False
     try:

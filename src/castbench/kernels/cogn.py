@@ -2,12 +2,12 @@
 
 The functions are those of `models/cogn.py`. A tile of edges or nodes goes through all layers in one program.
 For the backward pass the inputs of the activations are kept. Gradients of the weights are sums over edges or
-nodes: parts of them, each by a program of its own, which are added up at the end. Every sum is taken in a fixed
-order.
+nodes: parts of them, each by a program of its own, which are added up at the end. Every sum is taken in a
+fixed order.
 
 N nodes, E edges, R rounds, L layers of the message network behind its first, K basis functions, D the width.
-The kernels take the width also as `width`, a number known when they run: so loops over columns remain loops, a
-step of which can be loaded while the one before is computed.
+The kernels take the width also as `width`, a number known when they run: so loops over columns remain loops,
+a step of which can be loaded while the one before is computed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from castbench.kernels import compare, input_precision
 
@@ -114,7 +115,7 @@ def _nodes_forward(
     D: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
     RECEIVES: tl.constexpr, PROJECTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Nodes after a round, from the last inputs (E, D) of its message network, and their parts of the next."""
+    """Nodes after a round, from the last inputs (E, D) of its messages, and their parts of the next round."""
     kind = received.dtype.element_ty
     node = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = (node < n_nodes)[:, None]
@@ -214,8 +215,8 @@ def _products(
 ):  # fmt: skip
     """Parts (P, SPLITS, D + 1, C) of sums over rows: of left (D) times right (C), and last of left alone.
 
-    Problem p has the matrices (n_rows, D) and (n_rows, C) number LEFT (p // GROUP) + p % GROUP + LEFT_FIRST of
-    `left` and RIGHT (p // GROUP) + RIGHT_STEP (p % GROUP) of `right`.
+    Problem p has the matrices (n_rows, D) and (n_rows, C) number LEFT (p // GROUP) + p % GROUP + LEFT_FIRST
+    of `left` and RIGHT (p // GROUP) + RIGHT_STEP (p % GROUP) of `right`.
     """
     problem, split, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * CHUNK
     group, place = problem // GROUP, problem % GROUP
@@ -327,7 +328,8 @@ class Rounds(torch.autograd.Function):
             _nodes_backward[_tiles(n_nodes, NODES)](
                 of_state, of_inputs[after, 0], starts, order, source_starts, own_first[after],
                 of_projected[after], of_earlier, updates[before], own_update[before], of_updates[before],
-                of_received, n_nodes, d, PROJECTED=r < rounds, RECEIVED=r > 0, TOGETHER=TOGETHER, **_settings(NODES, d, kind),
+                of_received, n_nodes, d,
+                PROJECTED=r < rounds, RECEIVED=r > 0, TOGETHER=TOGETHER, **_settings(NODES, d, kind),
             )  # fmt: skip
             of_state = of_earlier
             if r > 0:
@@ -350,8 +352,8 @@ class Rounds(torch.autograd.Function):
         of_first = torch.cat([of_edge, of_ends[:, :d], of_ends[:, d:]], 2)
         of_biases = [of_first_bias[:, None], of_hidden_bias.view(rounds, layers, d), of_update_bias[:, None]]
         return (
-            of_state.to(ctx.kind_of_states), *(None,) * 8, of_edge_input[:, :k], of_edge_input[:, k], of_first,
-            of_hidden.view(rounds, layers, d, d), of_update, torch.cat(of_biases, 1),
+            of_state.to(ctx.kind_of_states), *(None,) * 8, of_edge_input[:, :k], of_edge_input[:, k],
+            of_first, of_hidden.view(rounds, layers, d, d), of_update, torch.cat(of_biases, 1),
         )  # fmt: skip
 
 
@@ -359,7 +361,7 @@ def _weight_gradients(
     left: Tensor, right: Tensor, rows: int, shape: tuple[int, int], problems: int, active: bool = False,
     GROUP: int = 1, LEFT: int = 1, LEFT_FIRST: int = 0, RIGHT: int = 1, RIGHT_STEP: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients (P, *shape) and (P, shape[0]) of the matrices and biases of P linear layers; see `_products`."""
+    """Gradients (P, *shape) and (P, shape[0]) of matrices and biases of P linear layers; see `_products`."""
     d, c = shape
     chunk = min(64, c)
     parts = left.new_empty(problems, SPLITS, d * c + d, dtype=torch.float32)
@@ -390,13 +392,13 @@ def _settings(tile: int, width: int, kind: torch.dtype) -> dict[str, Any]:
 def check(device: torch.device, kind: torch.dtype) -> None:
     """See that `CoGN` finds what its blocks do one by one; see `kernels.usable`."""
     from castbench.models.batch import Batch
-    from castbench.models.cogn import CoGN, N_BASIS
+    from castbench.models.cogn import N_BASIS, CoGN
 
     torch.manual_seed(0)
     nodes, edges = 40, 600
     source, target = torch.randint(nodes, (edges,)), torch.randint(nodes, (edges,)).sort().values
     starts, source_starts = (
-        torch.nn.functional.pad(end.bincount(minlength=nodes).cumsum(0), (1, 0)) for end in (target, source)
+        functional.pad(end.bincount(minlength=nodes).cumsum(0), (1, 0)) for end in (target, source)
     )
     batch = Batch(
         n=1, edge_source=source, edge_target=target, edge_starts=starts,
