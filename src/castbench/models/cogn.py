@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.kernels import usable
+from castbench import kernels
 from castbench.models.batch import Batch
 from castbench.models.elements import N_ELEMENTS, element_facts
 from castbench.models.heads import dense, product_type
@@ -99,7 +99,7 @@ class CoGN(StructureEncoder):
         basis = gaussians(batch.distances, self.centres, 2 * CUTOFF / N_BASIS)
         kind = product_type(basis)
         fits = batch.sizes is not None and self.width in KERNEL_WIDTHS
-        if fits and usable("cogn", states.device, kind):
+        if fits and kernels.usable("cogn", states.device, kind):
             return self.rounds_together(states, basis, batch, kind)
         for block in self.blocks:
             states = block(states, basis, self.edge_input, batch)

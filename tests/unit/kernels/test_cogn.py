@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_blocks(
     )  # fmt: skip
     weights = torch.randn(len(degrees), 32, dtype=torch.float64)
     wanted = found(exact, exact_batch, weights)
-    monkeypatch.setattr("castbench.models.cogn.usable", lambda *_: True)
+    monkeypatch.setattr("castbench.kernels.usable", lambda *_: True)
     ours = found(model.to(device), batch.to(device), weights.to(device), dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     for name, one, other in zip(["states", *dict(model.named_parameters())], ours, wanted, strict=True):
