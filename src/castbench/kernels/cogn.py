@@ -414,7 +414,5 @@ def check(device: torch.device, kind: torch.dtype) -> None:
         for block in model.blocks:
             wanted = block(wanted, basis, model.edge_input, batch)
     weights = torch.randn_like(states)
-    compare(
-        *([x, *torch.autograd.grad((x.float() * weights).sum(), parameters)] for x in (found, wanted)),
-        kind,
-    )
+    one, other = ([x, *torch.autograd.grad((x.float() * weights).sum(), parameters)] for x in (found, wanted))
+    compare(one, other, kind)
