@@ -17,6 +17,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
+PRECISION = "tf32x3"  # of products of float32: three of the matrix units stand for an exact one
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # relative, of a tensor
 
 
@@ -32,11 +33,6 @@ def usable(name: str, device: torch.device, kind: torch.dtype) -> bool:
         log.warning("%s runs without its kernels, slower: %s: %s", name, type(error).__name__, error)
         return False
     return True
-
-
-def input_precision() -> str:
-    """That of `tl.dot` on float32: three products of the matrix units stand for an exact one."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def compare(found: Iterable[Tensor], wanted: Iterable[Tensor], kind: torch.dtype) -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from castbench.kernels import compare, input_precision
+from castbench.kernels import PRECISION, compare
 
 EDGES, NODES, ROWS = 64, 16, 32  # of a tile; of one of the sums for the weights
 TOGETHER = 4  # edges of a node that are read at once
@@ -368,7 +368,7 @@ def _weight_gradients(
     _products[problems, SPLITS, c // chunk](
         left, right, parts, rows, D=d, C=c, CHUNK=chunk, GROUP=GROUP, LEFT=LEFT, LEFT_FIRST=LEFT_FIRST,
         RIGHT=RIGHT, RIGHT_STEP=RIGHT_STEP, TILE=ROWS, SPLITS=SPLITS, ACTIVE=active,
-        PRECISION=input_precision(), num_warps=8, num_stages=2,
+        PRECISION=PRECISION, num_warps=8, num_stages=2,
     )  # fmt: skip
     total = parts.sum(1)
     return total[:, : d * c].view(problems, d, c), total[:, d * c :]
@@ -383,7 +383,7 @@ def _settings(tile: int, width: int, kind: torch.dtype) -> dict[str, Any]:
         "D": width,
         "TILE": tile,
         "CHUNK": min(CHUNK[kind], width),
-        "PRECISION": input_precision(),
+        "PRECISION": PRECISION,
         "num_warps": 4,
         "num_stages": 2,
     }
