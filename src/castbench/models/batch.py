@@ -72,14 +72,16 @@ class Batch:
     vectors: Tensor = ABSENT  # (E, 3) from the target to the source, angstrom
     edge_reverse: Tensor = ABSENT  # (E,) int64, edge index within the batch
     ridge_areas: Tensor = ABSENT  # (E,) square angstrom
-    # Of a padded batch: edges into node n are edge_starts[n]:edge_starts[n + 1], and edges out of it
+    # Of a padded batch alone. Edges into node n are edge_starts[n]:edge_starts[n + 1], and edges out of it
     # source_order[source_starts[n]:source_starts[n + 1]]; those that pad are in none.
+    shares: Tensor = ABSENT  # (N,) of its crystal's atoms that a node stands for
     edge_starts: Tensor = ABSENT  # (N + 1,) int64
     source_order: Tensor = ABSENT  # (E,) int64
     source_starts: Tensor = ABSENT  # (N + 1,) int64
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
+    cls_states: Tensor = ABSENT  # (B, d) of the first token, for a model that reads no other
     texts: Texts = ABSENT  # absent where no texts are known to be equal
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden

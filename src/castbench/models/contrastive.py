@@ -31,7 +31,8 @@ class ContrastivePretraining(Network):
     """The crystal vector against an MLP on the [CLS] state of the frozen text encoder, in one space."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
-        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora=None))
+        text = TextEncoder(encoder, lora=None, pooled=True)
+        super().__init__(build_structure_encoder(architecture), text)
         hidden = architecture["contrastive"]["hidden"]
         self.temperature: float = architecture["contrastive"]["temperature"]
         self.project_text = nn.Sequential(

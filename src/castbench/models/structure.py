@@ -67,10 +67,8 @@ class StructureEncoder(nn.Module, ABC):
 
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
         """Mean (B, d) of node states (N, d), weighted by the number of atoms they stand for."""
-        if batch.sizes is not None:
-            atoms = batch.multiplicities[:, None]
-            total = segment_sums(nodes * atoms, batch.node_offsets)
-            return total / segment_sums(atoms, batch.node_offsets).clamp(min=1e-12)
+        if batch.shares is not None:
+            return segment_sums(nodes * batch.shares[:, None], batch.node_offsets)
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
     def hide(self, states: Tensor, batch: Batch, hidden: Tensor | None) -> Tensor:
