@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter, to be chosen before they are read."""
+"""Kernels run on a GPU where there is one, else in the interpreter, to be chosen before they are read."""
 
 import os
 

@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from castbench.models import build_model, build_pretraining
+from castbench.models.batch import segments
 from castbench.training import dataset, loop
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import MaskedNode, Pretraining, Regression
@@ -78,6 +79,9 @@ def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
     assert len(batch.token_states) == sizes.tokens > len(plain.token_states)
     assert batch.node_offsets.tolist() == [*plain.node_offsets.tolist(), sizes.nodes]
     n, e = len(plain.atomic_numbers), len(plain.distances)
+    atoms = torch.segment_reduce(plain.multiplicities, "sum", offsets=plain.node_offsets)
+    assert torch.equal(batch.shares[:n], plain.multiplicities / atoms[segments(plain.node_offsets)])
+    assert not batch.shares[n:].any()
     assert not batch.multiplicities[n:].any() and not batch.edge_multiplicities[e:].any()
     for name in ("edge_source", "edge_target", "distances", "edge_multiplicities"):
         assert torch.equal(getattr(batch, name)[:e], getattr(plain, name)), name
@@ -88,6 +92,15 @@ def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
         assert entering.tolist() == (plain.edge_target == node).nonzero().flatten().tolist()
         assert leaving.tolist() == (plain.edge_source == node).nonzero().flatten().tolist()
     assert batch.edge_starts[n:].eq(e).all() and batch.source_starts[n:].eq(e).all()
+
+
+def test_a_padded_batch_of_cls_alone_has_no_other_tokens(data):
+    _, crystals = make(data, "contrastive")
+    sizes = crystals.sizes(ROWS)
+    assert sizes == make(data, "structure_only")[1].sizes(ROWS)
+    batch, plain = crystals.padded(ROWS, sizes), crystals.batch(ROWS)
+    assert batch.token_states is batch.token_offsets is None
+    assert torch.equal(batch.cls_states[:7], plain.cls_states) and len(batch.cls_states) == 8
 
 
 def test_sizes_are_few_and_above_what_they_hold(data):
