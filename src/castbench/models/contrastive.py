@@ -48,7 +48,6 @@ class ContrastivePretraining(Network):
         the reverse.
         """
         crystals, texts = self.structure(batch), self.project_text(self.text.cls(batch))
-        crystals, texts = crystals[: batch.real], texts[: batch.real]
         if batch.place is not None:  # the partners of other processes are candidates too
             crystals, texts = gathered(crystals, batch.place), gathered(texts, batch.place)
         return info_nce(crystals, texts, self.temperature)

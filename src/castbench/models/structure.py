@@ -68,7 +68,7 @@ class StructureEncoder(nn.Module, ABC):
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
         """Mean (B, d) of node states (N, d), weighted by the number of atoms they stand for."""
         if batch.shares is not None:
-            return segment_sums(nodes * batch.shares[:, None], batch.node_offsets)
+            return segment_sums(nodes * batch.shares[:, None], batch.node_offsets[: batch.n + 1])
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
     def hide(self, states: Tensor, batch: Batch, hidden: Tensor | None) -> Tensor:

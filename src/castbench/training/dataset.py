@@ -206,9 +206,13 @@ class Crystals:
                 texts = different_texts(self.tokens.own_offsets(rows), self.text_ids[rows])
                 batch.texts = texts.to(self.device)
         if self.cls_states is not None:
-            places = self.cls_places[rows.to(self.device, non_blocking=True)]
-            batch.cls_states = self.cls_states.index_select(0, places)
+            batch.cls_states = self._states_of_cls(rows.to(self.device, non_blocking=True))
         return batch
+
+    def _states_of_cls(self, rows: Tensor) -> Tensor:
+        """Those (B, d) of the crystals `rows` (B,), given on the device."""
+        assert self.cls_states is not None
+        return self.cls_states.index_select(0, self.cls_places[rows])
 
     @property
     def pads(self) -> bool:
@@ -244,14 +248,14 @@ class Crystals:
 
     def padded(self, rows: Tensor, sizes: Sizes) -> Batch:
         """The crystals `rows` (B,), given on the device, as a padded batch of those sizes."""
-        batch = Batch(n=len(rows) + 1, sizes=sizes)
+        batch = Batch(n=len(rows), sizes=sizes)
         if self.nodes is not None:
             batch = replace(batch, **padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges))
         if self.tokens is not None:
             held = self.tokens.offsets_there, self.tokens.arrays["token_states"]
             batch.token_offsets, batch.token_states = padded_tokens(*held, rows, sizes.tokens)
-        if self.cls_states is not None:  # that of any crystal for the one that pads
-            batch.cls_states = self.cls_states.index_select(0, self.cls_places[functional.pad(rows, (0, 1))])
+        if self.cls_states is not None:
+            batch.cls_states = self._states_of_cls(rows)
         return batch
 
 
