@@ -17,6 +17,7 @@ import torch.distributed.nn  # not imported with torch
 from torch import Tensor, distributed, nn
 from torch_geometric.utils import scatter
 
+from castbench.kernels import usable
 from castbench.models.base import Network
 from castbench.models.batch import Batch, segments
 from castbench.models.heads import Regression
@@ -68,6 +69,10 @@ class StructureEncoder(nn.Module, ABC):
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
         """Mean (B, d) of node states (N, d), weighted by the number of atoms they stand for."""
         if batch.shares is not None:
+            if usable("readout", nodes.device):
+                from castbench.kernels.readout import readout
+
+                return readout(nodes, batch.shares, batch.node_offsets)
             return segment_sums(nodes * batch.shares[:, None], batch.node_offsets[: batch.n + 1])
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
