@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -103,8 +102,8 @@ class Crystals:
         self.nodes: Ragged | None = None
         self.edges: Ragged | None = None
         self.tokens: Ragged | None = None
-        self.cls_states: Tensor | None = None  # with the place of each crystal's:
-        self.cls_places: Tensor
+        self.cls_states: Tensor | None = None  # in the place of tokens, for a model that reads [CLS] alone,
+        self.cls_places: Tensor  # (G,), and the row of each crystal's among them
         if "graph" in network.needs:
             nodes = {name: getattr(packed, name) for name in ("atomic_numbers", "multiplicities")}
             made_for = packed.manifest["settings"]["structure_encoder"]
@@ -145,7 +144,7 @@ class Crystals:
             self.checksums["states"] = _checksum(states)
         if "cls_states" in network.needs:
             places, values = packed.token_offsets[:-1], cached.states
-            if self.device.type == "cuda":  # of all the states, these alone go there
+            if self.device.type == "cuda":  # the others stay where they are
                 places, values = np.arange(len(places)), values[places]
             self.cls_places, self.cls_states = (_tensor(part).to(self.device) for part in (places, values))
         else:
@@ -250,7 +249,9 @@ class Crystals:
         """The crystals `rows` (B,), given on the device, as a padded batch of those sizes."""
         batch = Batch(n=len(rows), sizes=sizes)
         if self.nodes is not None:
-            batch = replace(batch, **padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges))
+            parts = padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges)
+            for name, part in parts.items():
+                setattr(batch, name, part)
         if self.tokens is not None:
             held = self.tokens.offsets_there, self.tokens.arrays["token_states"]
             batch.token_offsets, batch.token_states = padded_tokens(*held, rows, sizes.tokens)
