@@ -1,7 +1,7 @@
-"""Padded batches (training/padding.py) in a kernel each for graphs and tokens: what torch does in dozens.
+"""Padded batches (training/padding.py): one kernel for graphs and one for tokens.
 
-A program has a crystal of the batch, or a part of what pads, and finds where it starts by adding up the
-lengths of those before. A crystal's rows are shared among a few programs, a block of them in turn for each.
+A program copies every few blocks of a crystal's values, or of what pads. Where they go it finds by adding up
+the lengths of all crystals before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PADDING = 4  # crystals for each program of what pads: it is a quarter of the ba
 
 @triton.jit
 def _before(rows, offsets, crystal, n_crystals, ROWS: tl.constexpr):
-    """Rows of the crystals before one, and the offset of the latter with its length; n_crystals has none."""
+    """Values of the crystals before one, and its own start and length in the arrays: 0 for what pads."""
     places = tl.arange(0, ROWS)
     row = tl.load(rows + places, mask=places < crystal, other=0)
     start = tl.load(offsets + row, mask=places < crystal, other=0)
@@ -70,7 +70,7 @@ def _graphs(
     crystal = tl.minimum(tl.program_id(0), n_crystals)
     pads = crystal == n_crystals
     piece, pieces = tl.program_id(1), tl.num_programs(1)
-    if pads:  # the parts of what pads, in pieces
+    if pads:  # all programs from here on share it
         piece += (tl.program_id(0) - n_crystals) * pieces
         pieces *= tl.num_programs(0) - n_crystals
     first_node, node_start, nodes = _before(rows, node_offsets, crystal, n_crystals, ROWS)
