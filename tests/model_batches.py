@@ -41,7 +41,7 @@ def join(crystals):
         return torch.tensor([0, *(int(getattr(c, name)[-1]) for c in crystals)]).cumsum(0)
 
     parts = ("atomic_numbers", "multiplicities", "distances", "edge_multiplicities", "vectors", "ridge_areas")
-    parts += ("token_ids", "token_states", "targets", "masked_nodes")
+    parts += ("token_ids", "token_states", "cls_states", "targets", "masked_nodes")
     joined = Batch(
         n=len(crystals),
         node_offsets=offsets("node_offsets"),
@@ -59,7 +59,7 @@ def only(batch, needs):
     graph = ("atomic_numbers", "multiplicities", "node_offsets", "edge_source", "edge_target")
     graph += (*EDGE_PARTS, "masked_nodes")
     drop = set() if "graph" in needs else set(graph)
-    drop |= {"token_ids", "token_states"} - set(needs)
+    drop |= {"token_ids", "token_states", "cls_states"} - set(needs)
     if not needs & {"token_ids", "token_states"}:
         drop.add("token_offsets")
     return replace(batch, **dict.fromkeys(drop))

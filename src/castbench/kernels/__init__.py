@@ -22,12 +22,13 @@ LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 @cache
-def usable(name: str, device: torch.device, kind: torch.dtype) -> bool:
+def usable(name: str, device: torch.device, kind: torch.dtype = torch.float32) -> bool:
     """Whether the kernels of file `name`, with products in type `kind`, find on a device what torch does."""
     if device.type != "cuda":
         return False
     try:
-        with torch.random.fork_rng([device]), torch.enable_grad():
+        alone = torch.autocast(device.type, enabled=False)
+        with torch.random.fork_rng([device]), torch.enable_grad(), alone:
             import_module(f"castbench.kernels.{name}").check(device, kind)
     except Exception as error:  # of whatever kind: without them all goes on
         log.warning("%s runs without its kernels, slower: %s: %s", name, type(error).__name__, error)

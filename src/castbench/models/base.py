@@ -41,7 +41,7 @@ class Network(nn.Module):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The parts of a batch that are read: "graph", "token_ids", "token_states"."""
+        """The parts of a batch that are read: "graph"; "token_ids", "token_states" or "cls_states"."""
         graph = {"graph"} if self.structure is not None else set()
         return frozenset(graph | (self.text.needs if self.text is not None else set()))
 
@@ -64,7 +64,7 @@ class Network(nn.Module):
     @property
     def text_layer(self) -> int | None:
         """Number of encoder layers behind the cached states that are read; None where none are read."""
-        return self.text.start_layer if self.text is not None and "token_states" in self.needs else None
+        return None if self.text is None or "token_ids" in self.needs else self.text.start_layer
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters: "lora" (adapters of the text encoder) and "new" (all others)."""

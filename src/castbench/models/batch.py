@@ -20,7 +20,7 @@ GROUP = 16  # texts that are padded to one length together
 class Sizes(NamedTuple):
     """Shapes of a padded batch: rows of each kind, with those that pad, and the most rows of one crystal."""
 
-    crystals: int  # the one that pads not counted
+    crystals: int  # without the one that pads
     nodes: int = 0
     edges: int = 0
     tokens: int = 0
@@ -57,11 +57,12 @@ def different_texts(offsets: Tensor, ids: Tensor | None = None) -> Texts:
 class Batch:
     """What a model may read; a part is None when the model does not declare that it needs it.
 
-    A padded batch has the shapes `sizes`, whatever its crystals: behind them stands one that is none. Its
-    nodes and edges count 0 times, so that nothing depends on them; what is computed for it is thrown away.
+    A padded batch has the shapes `sizes`, whatever its crystals: behind them stands one that is none, in
+    nodes, edges, tokens and their offsets (B + 2,) alone. Its nodes and edges count 0 times, so that nothing
+    depends on them, and it has no crystal vector.
     """
 
-    n: int  # crystals B, with one that pads
+    n: int  # crystals B
     atomic_numbers: Tensor = ABSENT  # (N,) int64
     multiplicities: Tensor = ABSENT  # (N,) atoms of the cell that a node stands for
     node_offsets: Tensor = ABSENT  # (B + 1,) int64
@@ -72,26 +73,22 @@ class Batch:
     vectors: Tensor = ABSENT  # (E, 3) from the target to the source, angstrom
     edge_reverse: Tensor = ABSENT  # (E,) int64, edge index within the batch
     ridge_areas: Tensor = ABSENT  # (E,) square angstrom
-    # Of a padded batch: edges into node n are edge_starts[n]:edge_starts[n + 1], and edges out of it
+    # Of a padded batch alone. Edges into node n are edge_starts[n]:edge_starts[n + 1], and edges out of it
     # source_order[source_starts[n]:source_starts[n + 1]]; those that pad are in none.
+    shares: Tensor = ABSENT  # (N,) of its crystal's atoms that a node stands for
     edge_starts: Tensor = ABSENT  # (N + 1,) int64
     source_order: Tensor = ABSENT  # (E,) int64
     source_starts: Tensor = ABSENT  # (N + 1,) int64
     token_ids: Tensor = ABSENT  # (T,) int64
     token_states: Tensor = ABSENT  # (T, d) hidden states of the text encoder; bfloat16 from the cache
     token_offsets: Tensor = ABSENT  # (B + 1,) int64
+    cls_states: Tensor = ABSENT  # (B, d) of the first token, for a model that reads no other
     texts: Texts = ABSENT  # absent where no texts are known to be equal
     targets: Tensor = ABSENT  # (B,) standardised
     masked_nodes: Tensor = ABSENT  # (N,) bool, nodes whose input is hidden
     # Of a batch that several processes share: crystals before these, and in all; None where it is whole.
     place: tuple[int, int] | None = None
-    # Of a padded batch, whose last crystal is none: what its sizes depend on is known on the host.
-    sizes: Sizes | None = None
-
-    @property
-    def real(self) -> int:
-        """Crystals without the one that pads."""
-        return self.n - (self.sizes is not None)
+    sizes: Sizes | None = None  # of a padded batch, known on the host
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

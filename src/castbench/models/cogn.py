@@ -63,11 +63,13 @@ class ElementInput(nn.Module):
     """coGN's node input: a learned embedding of the element and facts about it, through a linear layer."""
 
     facts: Tensor
+    numbers: Tensor
 
     def __init__(self, width: int):
         super().__init__()
         facts = torch.from_numpy(element_facts())
         self.register_buffer("facts", facts, persistent=False)  # (118, 18)
+        self.register_buffer("numbers", torch.arange(1, N_ELEMENTS + 1), persistent=False)
         self.embedding = nn.Embedding(N_ELEMENTS + 1, width)  # the reference's table has a row to spare
         nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
         self.linear = dense(width + facts.shape[1], width)
@@ -75,8 +77,8 @@ class ElementInput(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """States (N, width)."""
         elements = self.linear(torch.cat([self.embedding.weight[:N_ELEMENTS], self.facts], dim=1))
-        chosen = functional.one_hot(batch.atomic_numbers - 1, N_ELEMENTS)  # a product adds in a fixed order
-        return chosen.to(elements.dtype) @ elements
+        chosen = batch.atomic_numbers[:, None] == self.numbers
+        return chosen.to(elements.dtype) @ elements  # for a product's gradient adds in a fixed order
 
 
 class CoGN(StructureEncoder):

@@ -22,7 +22,7 @@ class CrysMMNet(Network):
     """Prediction from the structure encoder's crystal vector and the [CLS] state."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path, lora: dict[str, Any] | None):
-        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora))
+        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora, pooled=True))
         width, dropout = architecture["concat"]["width"], architecture["concat"]["dropout"]
         self.project_structure = ProjectionHead(self.structure.vector_width, width, dropout)
         self.project_text = ProjectionHead(self.text.width, width, dropout)

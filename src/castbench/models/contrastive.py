@@ -31,7 +31,8 @@ class ContrastivePretraining(Network):
     """The crystal vector against an MLP on the [CLS] state of the frozen text encoder, in one space."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
-        super().__init__(build_structure_encoder(architecture), TextEncoder(encoder, lora=None))
+        text = TextEncoder(encoder, lora=None, pooled=True)
+        super().__init__(build_structure_encoder(architecture), text)
         hidden = architecture["contrastive"]["hidden"]
         self.temperature: float = architecture["contrastive"]["temperature"]
         self.project_text = nn.Sequential(
@@ -47,7 +48,6 @@ class ContrastivePretraining(Network):
         the reverse.
         """
         crystals, texts = self.structure(batch), self.project_text(self.text.cls(batch))
-        crystals, texts = crystals[: batch.real], texts[: batch.real]
         if batch.place is not None:  # the partners of other processes are candidates too
             crystals, texts = gathered(crystals, batch.place), gathered(texts, batch.place)
         return info_nce(crystals, texts, self.temperature)

@@ -17,6 +17,7 @@ import torch.distributed.nn  # not imported with torch
 from torch import Tensor, distributed, nn
 from torch_geometric.utils import scatter
 
+from castbench import kernels
 from castbench.models.base import Network
 from castbench.models.batch import Batch, segments
 from castbench.models.heads import Regression
@@ -67,10 +68,12 @@ class StructureEncoder(nn.Module, ABC):
 
     def readout(self, nodes: Tensor, batch: Batch) -> Tensor:
         """Mean (B, d) of node states (N, d), weighted by the number of atoms they stand for."""
-        if batch.sizes is not None:
-            atoms = batch.multiplicities[:, None]
-            total = segment_sums(nodes * atoms, batch.node_offsets)
-            return total / segment_sums(atoms, batch.node_offsets).clamp(min=1e-12)
+        if batch.shares is not None:
+            if kernels.usable("readout", nodes.device):
+                from castbench.kernels.readout import readout
+
+                return readout(nodes, batch.shares, batch.node_offsets)
+            return segment_sums(nodes * batch.shares[:, None], batch.node_offsets[: batch.n + 1])
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
     def hide(self, states: Tensor, batch: Batch, hidden: Tensor | None) -> Tensor:

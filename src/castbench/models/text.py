@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class TextEncoder(nn.Module):
     """Token states (T, width) or [CLS] states (B, width) of a text encoder.
 
-    Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded.
+    Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded;
+    `pooled`, those of [CLS] alone, so that no others are read.
     With `lora` {rank, alpha, dropout, layers}, it starts from cached states below the top `layers` layers, or
     from token ids where that is all of them, and adapts query and value of those layers.
 
@@ -32,7 +33,7 @@ class TextEncoder(nn.Module):
         InputError: no encoder is in the folder; `layers` is neither "all" nor between 1 and their number.
     """
 
-    def __init__(self, encoder: Path, lora: dict[str, Any] | None):
+    def __init__(self, encoder: Path, lora: dict[str, Any] | None, pooled: bool = False):
         super().__init__()
         described = read_encoder(encoder, names=())
         self.width: int = described["hidden_size"]
@@ -42,6 +43,8 @@ class TextEncoder(nn.Module):
         )
         self.mode = "frozen" if lora is None else "lora"
         self.needs = {"token_states"} if self.start_layer else {"token_ids"}
+        if pooled and lora is None:
+            self.needs = {"cls_states"}
         self.encoder = ABSENT if lora is None else load_with_lora(encoder, lora, self.start_layer)
 
     def train(self, mode: bool = True) -> TextEncoder:
@@ -91,7 +94,7 @@ class TextEncoder(nn.Module):
     def cls(self, batch: Batch) -> Tensor:
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
         if self.encoder is None:
-            return batch.token_states.index_select(0, batch.token_offsets[:-1]).float()
+            return batch.cls_states.float()
         hidden_Td, offsets, text_of = self._run(batch, self.n_layers - 1)
         return self.encoder.run_first(self.encoder.layers[-1], hidden_Td, offsets).index_select(0, text_of)
 

@@ -28,6 +28,7 @@ from castbench.models.batch import Batch, Sizes, different_texts
 from castbench.provenance import sha256_file
 from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
+from castbench.training.padding import Graphs, padded_graphs, padded_tokens
 
 SHARE_OF_FREE_MEMORY = 0.5
 EDGES_PER_NODE = 10  # of a padded batch; of real crystals there are mostly more
@@ -71,24 +72,6 @@ class Ragged:
         }
         return offsets.to(self.device, non_blocking=True), values
 
-    def take_padded(
-        self, rows: Tensor, size: int, **more: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `take`, of rows on the device and with one more crystal behind, that pads up to `size` values.
-
-        Its values are any. Returns also the place (size,) in `rows` that each value is of, B for those.
-        `more` are further arrays, on the device.
-        """
-        starts = self.offsets_there[rows]
-        lengths = self.offsets_there[rows + 1] - starts
-        ends = lengths.cumsum(0)
-        places = torch.arange(size, device=self.device)
-        owner = torch.searchsorted(ends, places, right=True)
-        shift = functional.pad(starts - ends + lengths, (0, 1))
-        index = (places + shift[owner]).masked_fill(owner == len(rows), 0)
-        values = {name: array.index_select(0, index) for name, array in (self.arrays | more).items()}
-        return torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), size)]), owner, values
-
 
 class Crystals:
     """The caches that a model needs, as a source of batches. A row is a crystal's place in materials.parquet.
@@ -119,6 +102,8 @@ class Crystals:
         self.nodes: Ragged | None = None
         self.edges: Ragged | None = None
         self.tokens: Ragged | None = None
+        self.cls_states: Tensor | None = None  # in the place of tokens, for a model that reads [CLS] alone,
+        self.cls_places: Tensor  # (G,), and the row of each crystal's among them
         if "graph" in network.needs:
             nodes = {name: getattr(packed, name) for name in ("atomic_numbers", "multiplicities")}
             made_for = packed.manifest["settings"]["structure_encoder"]
@@ -131,11 +116,11 @@ class Crystals:
             self.edges = Ragged(packed.edge_offsets, device, **packed.edge_arrays)
         self.text_ids: Tensor | None = None
         if network.text_mode != "none":
-            packed_tokens = self._open_text(tokens, states, network.text_layer)
+            packed_tokens = self._open_text(tokens, states, network)
             if network.text_mode == "lora":  # equal texts of a batch are encoded once
                 self.text_ids = torch.from_numpy(packed_tokens.text_ids())
 
-    def _open_text(self, tokens: Path, states: Path | None, layer: int | None) -> PackedTokens:
+    def _open_text(self, tokens: Path, states: Path | None, network: Network) -> PackedTokens:
         packed = PackedTokens.open(tokens)
         index = packed.index()
         if index["material_id"].to_pylist() != self.material_ids:
@@ -143,7 +128,7 @@ class Crystals:
         self.has_text = index["has_text"].to_numpy()
         self.cls_id = int(packed.token_ids[0])
         self.checksums["tokens"] = _checksum(tokens)
-        arrays = {"token_ids": packed.token_ids}
+        arrays, layer = {"token_ids": packed.token_ids}, network.text_layer
         if layer is not None:
             if states is None:
                 raise InputError(
@@ -157,7 +142,13 @@ class Crystals:
                 )
             arrays = {"token_states": cached.states}
             self.checksums["states"] = _checksum(states)
-        self.tokens = Ragged(packed.token_offsets, self.device, **arrays)
+        if "cls_states" in network.needs:
+            places, values = packed.token_offsets[:-1], cached.states
+            if self.device.type == "cuda":  # the others stay where they are
+                places, values = np.arange(len(places)), values[places]
+            self.cls_places, self.cls_states = (_tensor(part).to(self.device) for part in (places, values))
+        else:
+            self.tokens = Ragged(packed.token_offsets, self.device, **arrays)
         return packed
 
     def rows(self, material_ids: Iterable[str]) -> tuple[Tensor, int]:
@@ -213,7 +204,14 @@ class Crystals:
             if self.text_ids is not None:
                 texts = different_texts(self.tokens.own_offsets(rows), self.text_ids[rows])
                 batch.texts = texts.to(self.device)
+        if self.cls_states is not None:
+            batch.cls_states = self._states_of_cls(rows.to(self.device, non_blocking=True))
         return batch
+
+    def _states_of_cls(self, rows: Tensor) -> Tensor:
+        """Those (B, d) of the crystals `rows` (B,), given on the device."""
+        assert self.cls_states is not None
+        return self.cls_states.index_select(0, self.cls_places[rows])
 
     @property
     def pads(self) -> bool:
@@ -241,40 +239,24 @@ class Crystals:
         return Sizes(len(rows), **found)
 
     @cached_property
-    def _sorted_edges(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Numbers of edges into and out of each node; places of each crystal's edges, sorted by source."""
+    def _graphs(self) -> Graphs:
+        """The graphs that padded batches are made of."""
         assert self.nodes is not None and self.edges is not None
-        nodes, edges = self.nodes.offsets_there, self.edges.offsets_there
-        crystal = torch.repeat_interleave(edges.diff())
-        source, target = (nodes[crystal] + self.edges.arrays[f"edge_{end}"] for end in ("source", "target"))
-        order = source.argsort(stable=True) - edges[crystal]
-        n = int(self.nodes.offsets[-1])
-        return {"entering": target.bincount(minlength=n), "leaving": source.bincount(minlength=n)}, order
+        offsets = self.nodes.offsets_there, self.edges.offsets_there
+        return Graphs.of(*offsets, self.nodes.arrays, self.edges.arrays)
 
     def padded(self, rows: Tensor, sizes: Sizes) -> Batch:
         """The crystals `rows` (B,), given on the device, as a padded batch of those sizes."""
-        batch = Batch(n=len(rows) + 1, sizes=sizes)
-        if self.nodes is not None and self.edges is not None:
-            degrees, order = self._sorted_edges
-            batch.node_offsets, owner, nodes = self.nodes.take_padded(rows, sizes.nodes, **degrees)
-            none = owner == len(rows)
-            batch.atomic_numbers = nodes["atomic_numbers"].long()
-            batch.multiplicities = nodes["multiplicities"].masked_fill(none, 0)
-            batch.edge_starts, batch.source_starts = (
-                functional.pad(nodes[name].masked_fill(none, 0).cumsum(0), (1, 0)) for name in degrees
-            )
-            offsets, owner, edges = self.edges.take_padded(rows, sizes.edges, order=order)
-            none = owner == len(rows)
-            first = batch.node_offsets[owner]
-            batch.edge_source, batch.edge_target = (
-                first + edges[name].masked_fill(none, 0) for name in ("edge_source", "edge_target")
-            )
-            batch.distances = edges["distances"]
-            batch.edge_multiplicities = edges["edge_multiplicities"].masked_fill(none, 0)
-            batch.source_order = offsets[owner] + edges["order"].masked_fill(none, 0)
+        batch = Batch(n=len(rows), sizes=sizes)
+        if self.nodes is not None:
+            parts = padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges)
+            for name, part in parts.items():
+                setattr(batch, name, part)
         if self.tokens is not None:
-            batch.token_offsets, _, tokens = self.tokens.take_padded(rows, sizes.tokens)
-            batch.token_states = tokens["token_states"]
+            held = self.tokens.offsets_there, self.tokens.arrays["token_states"]
+            batch.token_offsets, batch.token_states = padded_tokens(*held, rows, sizes.tokens)
+        if self.cls_states is not None:
+            batch.cls_states = self._states_of_cls(rows)
         return batch
 
 

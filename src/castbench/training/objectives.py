@@ -114,8 +114,7 @@ class Regression(Objective):
         sizes = self.crystals.sizes(rows)
 
         def loss(rows: Tensor) -> Tensor:
-            predicted = network(self.crystals.padded(rows, sizes))[: sizes.crystals]
-            return self.loss_function(predicted, self.targets[rows])
+            return self.loss_function(network(self.crystals.padded(rows, sizes)), self.targets[rows])
 
         return sizes, loss, (rows,)
 
@@ -200,7 +199,7 @@ def predict(
     found = torch.zeros(len(rows), device=crystals.device)
 
     def outputs(rows: Tensor, sizes: Sizes) -> Tensor:
-        return network(crystals.padded(rows, sizes))[: len(rows)].float()
+        return network(crystals.padded(rows, sizes)).float()
 
     with torch.no_grad():
         for places in share.every(batches(torch.arange(len(rows)), batch_size)):

@@ -120,6 +120,7 @@ def crystals(states):
                     ridge_areas=10 * torch.rand(n_edges, generator=generator),
                     token_ids=ids,
                     token_states=None if layer is None else states(ids, layer),
+                    cls_states=None if layer is None else states(ids, layer)[:1],
                     token_offsets=torch.tensor([0, n_tokens]),
                     targets=torch.randn(1, generator=generator),
                     masked_nodes=torch.arange(n_nodes) % 2 == 0,

@@ -22,8 +22,9 @@ def test_predictions_and_gradients_are_those_of_float32_to_bfloat16s_rounding(
     exact.sum().backward()
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    if batch.token_states is not None:
-        batch = replace(batch, token_states=batch.token_states.bfloat16())
+    for name in ("token_states", "cls_states"):
+        if (states := getattr(batch, name)) is not None:
+            batch = replace(batch, **{name: states.bfloat16()})
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(batch)
     rounded.sum().backward()

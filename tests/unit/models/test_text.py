@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,8 +36,15 @@ def test_frozen_encoder_hands_on_the_cached_states(encoder, crystals):
     text, batch = TextEncoder(encoder, None), join(crystals(3))
     assert (text.mode, text.start_layer, text.needs) == ("frozen", 3, {"token_states"})
     assert text(batch) is batch.token_states
-    assert torch.equal(text.cls(batch), batch.token_states[batch.token_offsets[:-1]])
     assert not list(text.parameters())
+
+
+def test_frozen_encoder_of_a_model_that_takes_cls_alone_needs_no_other_state(encoder, crystals):
+    text, batch = TextEncoder(encoder, None, pooled=True), join(crystals(3))
+    assert (text.start_layer, text.needs) == (3, {"cls_states"})
+    alone = replace(batch, token_states=None, token_offsets=None)
+    assert torch.equal(text.cls(alone), batch.token_states[batch.token_offsets[:-1]])
+    assert TextEncoder(encoder, LORA, pooled=True).needs == {"token_states"}
 
 
 def test_lora_starts_as_the_frozen_encoder(tuned, crystals):

@@ -60,6 +60,16 @@ def test_a_model_gets_what_it_declares_and_nothing_else(crystals_of, data, tmp_p
     assert text_only.node_offsets is None and text_only.token_states is not None
 
 
+def test_models_of_cls_alone_get_its_states_and_no_others(data, crystals_of):
+    tokens = PackedTokens.open(data.root / "tokens")
+    states = PackedStates.open(data.root / "text_states" / "0").states
+    batch = crystals_of("crysmmnet_frozen").batch(torch.tensor([5, 2, 5]))
+    assert batch.token_states is batch.token_offsets is None
+    assert batch.cls_states.dtype == torch.bfloat16
+    first = states[tokens.token_offsets[[5, 2, 5]]]
+    np.testing.assert_array_equal(batch.cls_states.view(torch.uint16).numpy(), first)
+
+
 def test_token_ids_are_read_where_the_whole_encoder_is_tuned(data):
     architecture = data.settings("text_only")["architecture"]
     architecture = architecture | {"lora": architecture["lora"] | {"layers": "all"}}

@@ -6,7 +6,9 @@ import torch
 from lightning_fabric import Fabric
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import interpreter
 from castbench.models import build_model, build_pretraining
+from castbench.models.batch import segments
 from castbench.training import dataset, loop
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import MaskedNode, Pretraining, Regression
@@ -57,10 +59,15 @@ def make(data, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name):
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name, by_kernels, monkeypatch):
+    if by_kernels and not interpreter.AVAILABLE:
+        pytest.skip("kernels need triton")
+    if by_kernels:
+        monkeypatch.setattr("castbench.kernels.usable", lambda *_: True)
     network, crystals = make(data, name)
     sizes, weights = crystals.sizes(ROWS), torch.randn(len(ROWS))
-    found, wanted = network(crystals.padded(ROWS, sizes))[: len(ROWS)], network(crystals.batch(ROWS))
+    found, wanted = network(crystals.padded(ROWS, sizes)), network(crystals.batch(ROWS))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     parameters = dict(network.named_parameters())
     gradients = [torch.autograd.grad((y * weights).sum(), parameters.values()) for y in (found, wanted)]
@@ -72,12 +79,15 @@ def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
     _, crystals = make(data, "cast_scratch")
     sizes, plain = crystals.sizes(ROWS), crystals.batch(ROWS)
     batch = crystals.padded(ROWS, sizes)
-    assert (batch.n, batch.real, sizes.crystals) == (8, 7, 7)
+    assert batch.n == sizes.crystals == len(ROWS) == 7
     assert len(batch.atomic_numbers) == sizes.nodes > len(plain.atomic_numbers)
     assert len(batch.distances) == sizes.edges > len(plain.distances)
     assert len(batch.token_states) == sizes.tokens > len(plain.token_states)
     assert batch.node_offsets.tolist() == [*plain.node_offsets.tolist(), sizes.nodes]
     n, e = len(plain.atomic_numbers), len(plain.distances)
+    atoms = torch.segment_reduce(plain.multiplicities, "sum", offsets=plain.node_offsets)
+    assert torch.equal(batch.shares[:n], plain.multiplicities / atoms[segments(plain.node_offsets)])
+    assert not batch.shares[n:].any()
     assert not batch.multiplicities[n:].any() and not batch.edge_multiplicities[e:].any()
     for name in ("edge_source", "edge_target", "distances", "edge_multiplicities"):
         assert torch.equal(getattr(batch, name)[:e], getattr(plain, name)), name
@@ -88,6 +98,15 @@ def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
         assert entering.tolist() == (plain.edge_target == node).nonzero().flatten().tolist()
         assert leaving.tolist() == (plain.edge_source == node).nonzero().flatten().tolist()
     assert batch.edge_starts[n:].eq(e).all() and batch.source_starts[n:].eq(e).all()
+
+
+def test_a_padded_batch_of_cls_alone_has_no_other_tokens(data):
+    _, crystals = make(data, "contrastive")
+    sizes = crystals.sizes(ROWS)
+    assert sizes == make(data, "structure_only")[1].sizes(ROWS)
+    batch, plain = crystals.padded(ROWS, sizes), crystals.batch(ROWS)
+    assert batch.token_states is batch.token_offsets is None
+    assert torch.equal(batch.cls_states, plain.cls_states)
 
 
 def test_sizes_are_few_and_above_what_they_hold(data):
@@ -139,7 +158,7 @@ def test_nothing_in_a_step_waits_for_the_device(data, name, padded):
     crystals = trainer.objective.crystals
     for ragged in (crystals.nodes, crystals.edges, crystals.tokens):
         assert ragged is None or ragged.offsets_there is not None  # made before anything is recorded
-    assert crystals._sorted_edges
+    assert crystals._graphs
     _, function, inputs = trainer.objective.padded_loss(trainer.network, ROWS, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # values are not known: asking for one fails
         function(*map(mode.from_tensor, inputs)).backward()
