@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from castbench import kernels
 from castbench.errors import InputError
-from castbench.kernels import usable
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
@@ -129,7 +129,7 @@ class Fusion(nn.ModuleList):
         layers: list[Any] = list(self)
         kind = product_type(h_ND)
         read = self._reader(self._keys_and_values(tokens_TE, kind), batch, sizes)
-        if usable("fusion", h_ND.device, kind):
+        if kernels.usable("fusion", h_ND.device, kind):
             from castbench.kernels import fusion
 
             if all(map(fusion.fits, layers)):
@@ -205,7 +205,7 @@ class Fusion(nn.ModuleList):
         """
         layers: list[Any] = list(self)
         projections = [part for layer in layers for part in (layer.key, layer.value)]
-        if usable("projection", tokens.device, kind):
+        if kernels.usable("projection", tokens.device, kind):
             from castbench.kernels import projection
 
             if projection.fits(tokens, kind):

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="kernels take triton, which is not here")
 
+from castbench import kernels
 from castbench.kernels import fusion
-from castbench.models import cross_attention
 from castbench.models.batch import Batch, Sizes
 from castbench.models.cross_attention import Fusion
 
@@ -60,7 +60,7 @@ def make(device):
 def calls(monkeypatch):
     """Kernels are used on a CPU too; their calls are counted."""
     calls, fuse = [], fusion.fuse
-    monkeypatch.setattr(cross_attention, "usable", lambda name, *_: name != "attention")
+    monkeypatch.setattr(kernels, "usable", lambda name, *_: name != "attention")
     monkeypatch.setattr(fusion, "fuse", lambda *args: (calls.append(1), fuse(*args))[1])
     return calls
 
@@ -70,7 +70,7 @@ def test_fusion_is_the_same_with_kernels(padded, make, calls, monkeypatch, devic
     nodes, tokens, batch = padded
     network, found = make(), []
     for usable in (lambda *_: False, lambda name, *_: name != "attention"):
-        monkeypatch.setattr(cross_attention, "usable", usable)
+        monkeypatch.setattr(kernels, "usable", usable)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             value = network(nodes, tokens, batch)
         real = value[:12].cos().sum()
