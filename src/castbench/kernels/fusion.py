@@ -342,11 +342,10 @@ class _Weights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         matrices = parameters[0].new_empty(step.layers, step.matrices, dtype=step.kind)
         vectors = parameters[0].new_empty(step.layers, step.vectors)
-        places = step.parts(matrices, vectors)
-        each, n = len(step.shapes), len(places)
-        for kind in (range(4), range(4, each)):
-            chosen = [place for place in range(n) if place % each in kind]
-            torch._foreach_copy_([places[i] for i in chosen], [parameters[i] for i in chosen])
+        pairs = list(zip(step.parts(matrices, vectors), parameters, strict=True))
+        for dimensions in (1, 2):  # a kernel each, since they are of two types
+            of_type = [pair for pair in pairs if pair[1].dim() == dimensions]
+            torch._foreach_copy_([place for place, _ in of_type], [value for _, value in of_type])
         return matrices, vectors
 
     @staticmethod
