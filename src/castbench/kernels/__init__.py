@@ -27,8 +27,12 @@ def usable(name: str, device: torch.device, kind: torch.dtype = torch.float32) -
     if device.type != "cuda":
         return False
     try:
-        alone = torch.autocast(device.type, enabled=False)
-        with torch.random.fork_rng([device]), torch.enable_grad(), alone:
+        with (
+            torch.random.fork_rng([device]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             import_module(f"castbench.kernels.{name}").check(device, kind)
     except Exception as error:  # of whatever kind: without them all goes on
         log.warning("%s runs without its kernels, slower: %s: %s", name, type(error).__name__, error)

@@ -11,6 +11,7 @@ Axis suffixes: B crystals, N nodes (padded), T tokens (padded), H heads, D width
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from castbench import kernels
 from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
@@ -57,15 +59,9 @@ class CrossAttentionLayer(nn.Module):
         attended_BHNd, weights_BHNT = attend(q_BHNd, k_BHTd, v_BHTd, mask_B11T, weights)
         return self._updated(h_BND, attended_BHNd.transpose(1, 2).flatten(2)), weights_BHNT
 
-    def attend_block(
-        self, h_ND: Tensor, k_BTD: Tensor, v_BTD: Tensor, nodes: Block, mask_BT: Tensor
-    ) -> Tensor:
-        """The same of packed node states (N, n_node), which are padded to attend alone."""
-        q_BND = nodes.padded(self.query(self.norm(h_ND)))
-        q_BHNd, k_BHTd, v_BHTd = map(self._split, (q_BND, k_BTD, v_BTD))
-        # Explicitly: for so few queries the fused kernels are slower, and their gradients not reproducible.
-        attended_BHNd, _ = attend(q_BHNd, k_BHTd, v_BHTd, mask_BT[:, None, None, :], weights=True)
-        return self._updated(h_ND, nodes.packed(attended_BHNd.transpose(1, 2).flatten(2)))
+    def attend_packed(self, h_ND: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same of packed node states, where `read` tells what packed queries (N, width) attend to."""
+        return self._updated(h_ND, read(self.query(self.norm(h_ND))))
 
     def attend_states(self, h_BND: Tensor, tokens_BTE: Tensor, mask_BT: Tensor) -> Tensor:
         """The same node states from token states (B, T, n_text), of which no keys and values are made.
@@ -130,13 +126,35 @@ class Fusion(nn.ModuleList):
 
     def _fuse_padded(self, h_ND: Tensor, tokens_TE: Tensor, batch: Batch, sizes: Sizes) -> Tensor:
         """The same of a padded batch, without the host having to know more than its sizes."""
+        layers: list[Any] = list(self)
+        kind = product_type(h_ND)
+        read = self._reader(self._keys_and_values(tokens_TE, kind), batch, sizes)
+        if kernels.usable("fusion", h_ND.device, kind):
+            from castbench.kernels import fusion
+
+            if all(map(fusion.fits, layers)):
+                return fusion.fuse(h_ND, layers, read, kind)
+        for layer in layers:
+            h_ND = layer.attend_packed(h_ND, read)
+        return h_ND
+
+    def _reader(self, kv_TC: Tensor, batch: Batch, sizes: Sizes) -> Callable[[Tensor], Tensor]:
+        """A function that, called once a layer, tells what its packed queries (N, width) attend to."""
         nodes = Block(batch.node_offsets, sizes.nodes, sizes.most_nodes)
         tokens = Block(batch.token_offsets, sizes.tokens, sizes.most_tokens)
-        layers: list[Any] = list(self)
-        kv_BTD = self._each(tokens.padded(self._keys_and_values(tokens_TE.to(product_type(h_ND)))))
-        for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
-            h_ND = layer.attend_block(h_ND, k_BTD, v_BTD, nodes, tokens.mask)
-        return h_ND
+        each_BTD = iter(self._each(tokens.padded(kv_TC)))
+        mask_B11T = tokens.mask[:, None, None, :]
+
+        def read(q_ND: Tensor) -> Tensor:
+            q_BHNd, k_BHTd, v_BHTd = (
+                x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for x_BLD in (nodes.padded(q_ND), next(each_BTD), next(each_BTD))
+            )
+            # Explicitly: for so few queries torch's kernels are slower, and their gradients vary.
+            attended_BHNd, _ = attend(q_BHNd, k_BHTd, v_BHTd, mask_B11T, weights=True)
+            return nodes.packed(attended_BHNd.transpose(1, 2).flatten(2))
+
+        return read
 
     def _groups(self, batch: Batch) -> list[Tensor]:
         """Crystals that are padded to one size together: those of like size, so that it costs the least."""
@@ -170,7 +188,7 @@ class Fusion(nn.ModuleList):
     ) -> tuple[Tensor, list[Tensor]]:
         """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
         layers: list[Any] = list(self)
-        kv_BTD = self._each(self._keys_and_values(tokens_BTD.to(product_type(h_BND))))
+        kv_BTD = self._each(self._keys_and_values(tokens_BTD, product_type(h_BND)))
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
             h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
@@ -178,13 +196,23 @@ class Fusion(nn.ModuleList):
                 maps.append(weights_BHNT)
         return h_BND, maps
 
-    def _keys_and_values(self, tokens: Tensor) -> Tensor:
-        """Keys and values (..., 2 layers width) of all layers, in one product: they depend on text alone."""
+    def _keys_and_values(self, tokens: Tensor, kind: torch.dtype) -> Tensor:
+        """Keys and values (..., 2 layers width) of all layers, in one product: they depend on text alone.
+
+        Args:
+            tokens: (..., n_text).
+            kind: type of the product.
+        """
         layers: list[Any] = list(self)
         projections = [part for layer in layers for part in (layer.key, layer.value)]
+        if kernels.usable("projection", tokens.device, kind):
+            from castbench.kernels import projection
+
+            if projection.fits(tokens, kind):
+                return projection.project(tokens, projections, kind)
         weight = torch.cat([part.weight for part in projections])
         bias = torch.cat([part.bias for part in projections])
-        return functional.linear(tokens, weight, bias)
+        return functional.linear(tokens.to(kind), weight, bias)
 
     def _each(self, keys_and_values: Tensor) -> tuple[Tensor, ...]:
         """Keys (..., width) of the first layer, its values, keys of the second, and so on."""

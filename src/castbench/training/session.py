@@ -24,7 +24,8 @@ from castbench.provenance import hardware, sha256_json
 
 log = logging.getLogger(__name__)
 
-CODE = ("models", "training", "text/encoders.py")  # what the weights of a run come from, under castbench/
+# What the weights of a run come from, under castbench/.
+CODE = ("kernels", "models", "training", "text/encoders.py")
 
 ONE_DEVICE = {"devices": 1, "num_nodes": 1}  # settings of what does not train
 

@@ -1,0 +1,131 @@
+"""Linear layers of one input, in one product, for token states: they are many, and bfloat16 in the cache.
+
+In float32 such a product takes fifteen times as long as in bfloat16. But a float32 number is the sum of three
+bfloat16 (8 bits each, of 24): three products of the states, taken as one, with the parts of the weights lose
+nothing but in their float32 sums, of which matrix units cut the last bit off at each addition. The gradient
+of the weights likewise, from three parts of the output's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from castbench.kernels import compare
+
+ALIGNED = 8  # columns: a row of so many bfloat16 numbers is 16 bytes
+
+
+@triton.jit
+def thirds_kernel(values, parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Values (R, COLUMNS) to [first | second | third] (R, 3 COLUMNS); a program a block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < COLUMNS
+    value = tl.load(values + row * COLUMNS + column, mask=real, other=0.0)
+    for part in tl.static_range(3):
+        third = value.to(tl.bfloat16)
+        tl.store(parts + (3 * row + part) * COLUMNS + column, third, mask=real)
+        value -= third.to(tl.float32)
+
+
+def thirds(values: Tensor) -> Tensor:
+    """Values (R, C) float32 as bfloat16 [first | second | third] (R, 3 C), whose sum they are."""
+    rows, columns = values.shape
+    parts = values.new_empty(rows, 3 * columns, dtype=torch.bfloat16)
+    block = min(1024, triton.next_power_of_2(columns))
+    thirds_kernel[(rows, triton.cdiv(columns, block))](values.contiguous(), parts, columns, block)
+    return parts
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, float32, of bfloat16 factors."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+class _Half(torch.autograd.Function):
+    """Outputs (T, C) bfloat16 of x (T, E) bfloat16; parameters are the layers' weights, then their biases."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = _halves(parameters)
+        sizes = [len(bias) for bias in biases]
+        weight, bias = x.new_empty(sum(sizes), x.shape[1]), x.new_empty(sum(sizes))
+        torch._foreach_copy_(weight.split(sizes), weights)
+        torch._foreach_copy_(bias.split(sizes), biases)
+        ctx.sizes = sizes
+        ctx.save_for_backward(x, weight)
+        return torch.addmm(bias, x, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        d_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        d_weight, d_bias = product(gradient.T, x), gradient.sum(0, dtype=torch.float32)
+        return d_x, *d_weight.split(ctx.sizes), *d_bias.split(ctx.sizes)
+
+
+class _Exact(torch.autograd.Function):
+    """The same in float32, still of x in bfloat16, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = _halves(parameters)
+        weight, bias = torch.cat(weights), torch.cat(biases).unsqueeze(1)
+        ctx.sizes = [len(bias) for bias in biases]
+        ctx.save_for_backward(x)
+        # The bias as one more column of the weight, which meets ones.
+        ones, zeros = x.new_ones(len(x), ALIGNED), bias.new_zeros(len(bias), ALIGNED - 1)
+        three = thirds(torch.cat([weight, bias, zeros], dim=1))
+        return product(torch.cat([x, ones] * 3, dim=1), three.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,), (x,) = gradients, ctx.saved_tensors
+        d_weight = product(thirds(gradient).T, x).unflatten(0, (3, -1)).sum(0)
+        return None, *d_weight.split(ctx.sizes), *gradient.sum(0).split(ctx.sizes)
+
+
+def _halves(parameters: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    half = len(parameters) // 2
+    return parameters[:half], parameters[half:]
+
+
+def fits(x: Tensor, kind: torch.dtype) -> bool:
+    """Whether products of rows x (T, E) in this type are taken here: float32 ones of constant bfloat16."""
+    constant = x.dtype == torch.bfloat16 and not x.requires_grad
+    return x.dim() == 2 and (kind == torch.bfloat16 or (kind == torch.float32 and constant))
+
+
+def project(x: Tensor, layers: Sequence[nn.Linear], kind: torch.dtype) -> Tensor:
+    """The layers' outputs (T, C), side by side and of type `kind`, of x (T, E) that fits."""
+    parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+    return _Exact.apply(x, *parameters) if kind == torch.float32 else _Half.apply(x.to(kind), *parameters)
+
+
+def check(
+    device: torch.device,
+    kind: torch.dtype,
+    rows: int = 700,
+    columns: int = 768,
+    widths: Sequence[int] = (128, 64),
+) -> None:
+    """See that layers find what they do in plain torch and double precision; see `kernels.usable`."""
+    torch.manual_seed(0)
+    layers: Any = nn.ModuleList(nn.Linear(columns, width) for width in widths).to(device)
+    exact = copy.deepcopy(layers).double()
+    x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16, requires_grad=kind != torch.float32)
+    towards = torch.randn(rows, sum(widths), device=device)
+
+    def results(value: Tensor, own: nn.Module) -> list[Tensor]:
+        leaves = [*([x] if x.requires_grad else []), *own.parameters()]
+        return [value, *torch.autograd.grad((value * towards).sum(), leaves)]
+
+    wanted = torch.cat([layer(x.double()) for layer in exact], dim=1)
+    compare(results(project(x, layers, kind), layers), results(wanted, exact), kind)
