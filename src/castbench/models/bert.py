@@ -39,7 +39,7 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
     kind, offsets = hidden_Td.device.type, offsets.int()
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_Td.dtype
     hidden_Td, attend = hidden_Td.to(dtype), flash
-    if layers and has_kernels(hidden_Td, dtype, layers[0].attention.self.attention_head_size):
+    if layers and has_kernels(hidden_Td, layers[0].attention.self.attention_head_size):
         from castbench.kernels.attention import attend_own
 
         attend = attend_own

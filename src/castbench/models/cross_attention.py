@@ -140,7 +140,7 @@ class Fusion(nn.ModuleList):
 
     def _reader(self, kv_TC: Tensor, batch: Batch, sizes: Sizes) -> Callable[[Tensor], Tensor]:
         """A function that, called once a layer, tells what its packed queries (N, width) attend to."""
-        if has_kernels(kv_TC, kv_TC.dtype, self.width // self.heads):
+        if has_kernels(kv_TC, self.width // self.heads):
             from castbench.kernels.attention import Reader, Segments
 
             most = (sizes.most_nodes, sizes.most_tokens)

@@ -29,9 +29,9 @@ def product_type(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-def has_kernels(states: Tensor, kind: torch.dtype, width: int) -> bool:
-    """Whether heads of a width attend by the kernels, in type `kind`, where `states` are."""
-    return width <= KERNEL_WIDTH and kernels.usable("attention", states.device, kind)
+def has_kernels(states: Tensor, width: int) -> bool:
+    """Whether such states, in heads of a width, attend by the kernels."""
+    return width <= KERNEL_WIDTH and kernels.usable("attention", states.device, states.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
