@@ -444,7 +444,6 @@ def _constants(
     return (heads, triton.cdiv(longest, rows), len(segments.q_offsets) - 1), constants
 
 
-@torch.inference_mode(False)  # wherever it is asked for; gradients are on then
 def check(device: torch.device, kind: torch.dtype) -> None:
     """See that outputs and gradients of a small problem in type `kind` are those of float64.
 
