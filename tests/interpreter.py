@@ -12,10 +12,18 @@ if DEVICE.type == "cpu":
 
 
 def mend():
-    """Let it multiply and round bfloat16, of which it takes the bits, and take arrays as bounds of loops."""
+    """Let it multiply and round bfloat16, of which it takes the bits, and take arrays as bounds of loops.
+
+    And let it run Triton's own functions where they were defined before, as torch's compiler has them.
+    """
     from triton import language as tl
     from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
 
+    for module in (tl, tl.standard):
+        for name, member in list(vars(module).items()):
+            if isinstance(member, JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(member.fn))
     patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
     multiply = interpreter.InterpreterBuilder.create_dot
 

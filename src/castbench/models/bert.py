@@ -7,12 +7,15 @@ out of the very product that projects the states.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
+
+from castbench.models.heads import has_kernels
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -35,27 +38,38 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
     """
     kind, offsets = hidden_Td.device.type, offsets.int()
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_Td.dtype
-    hidden_Td = hidden_Td.to(dtype)
+    hidden_Td, attend = hidden_Td.to(dtype), flash
+    if layers and has_kernels(hidden_Td, layers[0].attention.self.attention_head_size):
+        from castbench.kernels.attention import attend_own
+
+        attend = attend_own
     with torch.autocast(kind, enabled=False):
         for layer in layers:
             for states in (hidden_Td, offsets):  # compiled once for any number of tokens and texts
                 torch._dynamo.maybe_mark_dynamic(states, 0)
-            hidden_Td = compiled_layer(layer, hidden_Td, offsets, longest)
+            hidden_Td = compiled_layer(layer, hidden_Td, offsets, longest, attend)
     return hidden_Td
 
 
-def fused_layer(layer: Any, hidden_Td: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """States (T, d) after one layer, in the precision of those before."""
+def fused_layer(
+    layer: Any, hidden_Td: Tensor, offsets: Tensor, longest: int, attend: Callable[..., Tensor]
+) -> Tensor:
+    """States (T, d) after one layer, in the precision of those before; `attend` does what `flash` does."""
     attention = layer.attention.self
-    parts = project(attention, hidden_Td).unflatten(1, (3, attention.num_attention_heads, -1))
-    q, k, v = parts.unbind(1)
-    context: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest)
-    attended_Td = add_norm(layer.attention.output, context.flatten(1), hidden_Td)
+    context_Td = attend(project(attention, hidden_Td), offsets, longest, attention.num_attention_heads)
+    attended_Td = add_norm(layer.attention.output, context_Td, hidden_Td)
     inner = layer.intermediate
     return add_norm(layer.output, inner.intermediate_act_fn(linear(inner.dense, attended_Td)), attended_Td)
 
 
 compiled_layer = torch.compile(fused_layer)
+
+
+def flash(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Tensor:
+    """What tokens with query, key and value side by side attend to in their text (T, d)."""
+    q, k, v = qkv_TC.unflatten(1, (3, heads, -1)).unbind(1)
+    context: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    return context.flatten(1)
 
 
 def project(attention: Any, hidden_Td: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
-from castbench.models.heads import Regression, attend, dense, product_type
+from castbench.models.heads import Regression, attend, dense, has_kernels, product_type
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
 
@@ -140,6 +140,12 @@ class Fusion(nn.ModuleList):
 
     def _reader(self, kv_TC: Tensor, batch: Batch, sizes: Sizes) -> Callable[[Tensor], Tensor]:
         """A function that, called once a layer, tells what its packed queries (N, width) attend to."""
+        if has_kernels(kv_TC, self.width // self.heads):
+            from castbench.kernels.attention import Reader, Segments
+
+            most = (sizes.most_nodes, sizes.most_tokens)
+            segments = Segments(batch.node_offsets, batch.token_offsets, *most, padded=True)
+            return Reader(kv_TC, segments, self.heads)
         nodes = Block(batch.node_offsets, sizes.nodes, sizes.most_nodes)
         tokens = Block(batch.token_offsets, sizes.tokens, sizes.most_tokens)
         each_BTD = iter(self._each(tokens.padded(kv_TC)))

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from castbench import kernels
 from castbench.models.batch import GROUP, gather_block
+
+KERNEL_WIDTH = 64  # of a head, up to which the registers of a GPU hold what attention's kernels sum up
 
 
 def dense(n_in: int, n_out: int) -> nn.Linear:
@@ -24,6 +27,11 @@ def product_type(states: Tensor) -> torch.dtype:
     """Type in which products with `states` are taken: that of autocast, where it is on."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def has_kernels(states: Tensor, width: int) -> bool:
+    """Whether such states, in heads of a width, attend by the kernels."""
+    return width <= KERNEL_WIDTH and kernels.usable("attention", states.device, states.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
