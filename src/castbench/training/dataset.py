@@ -92,6 +92,7 @@ class Crystals:
         self, network: Network, graphs: Path, tokens: Path, states: Path | None, device: torch.device
     ):
         self.device, self.takes_padded = device, network.takes_padded
+        self.encoder_takes_padded = network.structure is not None and network.structure.takes_padded
         packed = PackedGraphs.open(graphs)
         index = packed.index()
         self.material_ids: list[str] = index["material_id"].to_pylist()
@@ -195,6 +196,10 @@ class Crystals:
                     edge_offsets[:-1], edge_offsets.diff(), output_size=len(first)
                 )
                 batch.edge_reverse = first + edges["edge_reverse"]
+        self._add_text(batch, rows)
+        return batch
+
+    def _add_text(self, batch: Batch, rows: Tensor) -> None:
         if self.tokens is not None:
             batch.token_offsets, tokens = self.tokens.take(rows)
             if "token_ids" in tokens:
@@ -206,7 +211,6 @@ class Crystals:
                 batch.texts = texts.to(self.device)
         if self.cls_states is not None:
             batch.cls_states = self._states_of_cls(rows.to(self.device, non_blocking=True))
-        return batch
 
     def _states_of_cls(self, rows: Tensor) -> Tensor:
         """Those (B, d) of the crystals `rows` (B,), given on the device."""
@@ -219,6 +223,33 @@ class Crystals:
         parts = (ragged for ragged in (self.nodes, self.edges, self.tokens) if ragged is not None)
         arrays = (array for ragged in parts for array in ragged.arrays.values())
         return self.takes_padded and all(array.is_cuda for array in arrays)
+
+    @property
+    def pads_graphs(self) -> bool:
+        """Whether graphs alone can be made as in a padded batch."""
+        if self.nodes is None or self.edges is None or not self.encoder_takes_padded:
+            return False
+        return all(array.is_cuda for ragged in (self.nodes, self.edges) for array in ragged.arrays.values())
+
+    def unpadded(self, rows: Tensor) -> Batch:
+        """The crystals `rows` (B,), for a step that is not recorded.
+
+        Where graphs can be padded: a padded batch, for what is sooner with one, whose last crystal is empty.
+        """
+        if not self.pads_graphs:
+            return self.batch(rows)
+        assert self.nodes is not None and self.edges is not None
+        nodes, edges = self.nodes.lengths(rows), self.edges.lengths(rows)
+        tokens = np.zeros(1, np.int64) if self.tokens is None else self.tokens.lengths(rows)
+        totals = (int(lengths.sum()) for lengths in (nodes, edges, tokens))
+        sizes = Sizes(len(rows), *totals, int(nodes.max()), int(tokens.max()))
+        batch, there = Batch(len(rows), sizes=sizes), rows.to(self.device, non_blocking=True)
+        for name, part in padded_graphs(self._graphs, there, sizes.nodes, sizes.edges).items():
+            setattr(batch, name, part)
+        self._add_text(batch, rows)
+        if self.tokens is not None:
+            batch.token_offsets = torch.cat([batch.token_offsets, batch.token_offsets[-1:]])
+        return batch
 
     def sizes(self, rows: Tensor) -> Sizes:
         """Sizes of a padded batch of the crystals `rows` (B,), on the host: few, since each is recorded.

@@ -106,7 +106,7 @@ class Regression(Objective):
         """Mean loss () of a batch, on standardised targets."""
         own = self.share.of(rows)
         targets = self.targets[own.to(self.targets.device, non_blocking=True)]
-        loss = self.loss_function(network(self.crystals.batch(own)), targets)
+        loss = self.loss_function(network(self.crystals.unpadded(own)), targets)
         return loss * self.share.weight(len(own), len(rows))
 
     def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
@@ -205,7 +205,7 @@ def predict(
         for places in share.every(batches(torch.arange(len(rows)), batch_size)):
             chosen = rows[places]
             if not crystals.pads:
-                predicted = network(crystals.batch(chosen)).float()
+                predicted = network(crystals.unpadded(chosen)).float()
             else:
                 sizes = crystals.sizes(chosen)
                 function = partial(outputs, sizes=sizes)
@@ -258,7 +258,7 @@ class Pretraining(Objective):
 
     def loss(self, network: nn.Module, rows: Tensor, step: int) -> Tensor:
         """Mean loss () of a batch; of a shared one every process has that of the whole."""
-        batch = self.crystals.batch(self.share.of(rows))
+        batch = self.crystals.unpadded(self.share.of(rows))
         if self.share.processes > 1:
             batch.place = self.share.span(len(rows))[0], len(rows)
         return network(batch).loss
@@ -275,7 +275,8 @@ class Pretraining(Objective):
                     key, function, inputs = self.outcome(network, rows, "validation", number)
                     found[number] = self.recorder.run(("validate", key), function, *inputs)
                     continue
-                batch = self.prepare(self.crystals.batch(rows), rows, "validation", number)
+                batch = self.crystals.unpadded(rows) if alter is None else self.crystals.batch(rows)
+                batch = self.prepare(batch, rows, "validation", number)
                 outcome: Outcome = network(batch if alter is None else alter(batch, rows))
                 found[number] = torch.stack([outcome.loss.double(), outcome.correct, outcome.count])
         mean, right, guesses = self.share.summed(found).unbind(dim=1)
@@ -316,7 +317,7 @@ class MaskedNode(Pretraining):
         mask, offsets = self.mask(rows, self.seed, "train", step)
         first, end = self.share.span(len(rows))
         own = mask[offsets[first] : offsets[end]]
-        batch = self.crystals.batch(rows[first:end])
+        batch = self.crystals.unpadded(rows[first:end])
         batch.masked_nodes = own.to(self.crystals.device)
         return network(batch).loss * self.share.weight(int(own.sum()), int(mask.sum()))
 

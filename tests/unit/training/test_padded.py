@@ -46,30 +46,54 @@ def padded(monkeypatch):
 
 
 def make(data, name):
-    """Network without dropout, crystals."""
+    """Network without dropout, crystals; "cast_lora" is CAST with LoRA's text."""
     architecture = data.settings(name)["architecture"]
     architecture = architecture | {
-        part: architecture[part] | {"dropout": 0.0} for part in ("concat", "cross_attention")
+        part: architecture[part] | {"dropout": 0.0} for part in ("concat", "cross_attention", "lora")
     }
+    caches = data.caches(name)
+    if name == "cast_lora":
+        name, caches = "cast_scratch", data.caches("text_only")
+        architecture["cross_attention"] |= {"text": "lora"}
     torch.manual_seed(0)
     build = build_pretraining if name in OBJECTIVES else build_model
     network = build(name, architecture, data.root / "encoder")
-    paths = {key: path for key, path in data.caches(name).items() if key != "encoder"}
+    paths = {key: path for key, path in caches.items() if key != "encoder"}
     return network, Crystals(network, **paths, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("by_kernels", [False, True])
-def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name, by_kernels, monkeypatch):
-    if by_kernels and not interpreter.AVAILABLE:
+@pytest.fixture(params=[False, True], ids=["by_operations", "by_kernels"])
+def by_kernels(request, monkeypatch):
+    """What kernels stand for is done by operations, and by kernels in the interpreter."""
+    if request.param and not interpreter.AVAILABLE:
         pytest.skip("kernels need triton")
-    if by_kernels:
+    if request.param:
         monkeypatch.setattr("castbench.kernels.usable", lambda *_: True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name, by_kernels):
     network, crystals = make(data, name)
-    sizes, weights = crystals.sizes(ROWS), torch.randn(len(ROWS))
-    found, wanted = network(crystals.padded(ROWS, sizes)), network(crystals.batch(ROWS))
+    see_the_same(network, crystals.padded(ROWS, crystals.sizes(ROWS)), crystals.batch(ROWS))
+
+
+@pytest.mark.parametrize("name", ["structure_only", "crysmmnet_lora", "cast_lora"])
+def test_graphs_can_be_those_of_a_padded_batch_where_nothing_pads(data, name, by_kernels, monkeypatch):
+    network, crystals = make(data, name)
+    assert not crystals.pads_graphs and crystals.unpadded(ROWS).sizes is None  # not on a GPU
+    monkeypatch.setattr(Crystals, "pads_graphs", property(lambda self: self.encoder_takes_padded))
+    batch, wanted = crystals.unpadded(ROWS), crystals.batch(ROWS)
+    assert len(batch.atomic_numbers) == len(wanted.atomic_numbers) and batch.edge_starts is not None
+    see_the_same(network, batch, wanted)
+    see_the_same(network, crystals.unpadded(ROWS[:1]), crystals.batch(ROWS[:1]))
+
+
+def see_the_same(network, batch, other):
+    """Predictions and gradients of a network on two forms of the same crystals."""
+    weights = torch.randn(batch.n)
+    found, wanted = network(batch), network(other)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    parameters = dict(network.named_parameters())
+    parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
     gradients = [torch.autograd.grad((y * weights).sum(), parameters.values()) for y in (found, wanted)]
     for parameter, one, other in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=parameter)
