@@ -241,8 +241,9 @@ class Crystals:
         assert self.nodes is not None and self.edges is not None
         nodes, edges = self.nodes.lengths(rows), self.edges.lengths(rows)
         tokens = np.zeros(1, np.int64) if self.tokens is None else self.tokens.lengths(rows)
-        totals = (int(lengths.sum()) for lengths in (nodes, edges, tokens))
-        sizes = Sizes(len(rows), *totals, int(nodes.max()), int(tokens.max()))
+        n_nodes, n_edges, n_tokens = (int(lengths.sum()) for lengths in (nodes, edges, tokens))
+        most = int(nodes.max(initial=0)), int(tokens.max(initial=0))
+        sizes = Sizes(len(rows), n_nodes, n_edges, n_tokens, *most)
         batch, there = Batch(len(rows), sizes=sizes), rows.to(self.device, non_blocking=True)
         for name, part in padded_graphs(self._graphs, there, sizes.nodes, sizes.edges).items():
             setattr(batch, name, part)
