@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1500)  # the whole run takes minutes, more on a machine that others load
 PRESET = ("--cores", "2", "--configfile", "workflow/presets/smoke.yaml")
 MODELS = (
     "structure_only",
