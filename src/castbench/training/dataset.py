@@ -234,7 +234,8 @@ class Crystals:
     def unpadded(self, rows: Tensor) -> Batch:
         """The crystals `rows` (B,), for a step that is not recorded.
 
-        Where graphs can be padded: a padded batch, for what is sooner with one, whose last crystal is empty.
+        Where graphs can be padded, it has the form of a padded batch, which the GPU's kernels read, and the
+        crystal that pads is empty.
         """
         if not self.pads_graphs:
             return self.batch(rows)
