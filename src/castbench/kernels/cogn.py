@@ -101,11 +101,25 @@ def _edges_backward(
 
 
 @triton.jit
-def _edges_of(starts, node, n_nodes):
-    """First and last edge of nodes, and the most that one has."""
-    first = tl.load(starts + node, mask=node < n_nodes, other=0)
+def _sum_of_edges(
+    rows, m, starts, order, node, n_nodes,
+    D: tl.constexpr, TOGETHER: tl.constexpr, ACTIVE: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """Sums (nodes, D) of the rows of each node's edges; if ACTIVE, of m SiLU(row)."""
+    begin = tl.load(starts + node, mask=node < n_nodes, other=0)
     end = tl.load(starts + node + 1, mask=node < n_nodes, other=0)
-    return first, end, tl.max(end - first, axis=0)
+    total = tl.zeros([node.shape[0], D], tl.float32)
+    for i in range(0, tl.max(end - begin, axis=0), TOGETHER):
+        edge = begin[:, None] + i + tl.arange(0, TOGETHER)
+        inside = edge < end[:, None]
+        if ORDERED:
+            edge = tl.load(order + edge, mask=inside, other=0)
+        x = tl.load(rows + edge[:, :, None] * D + tl.arange(0, D), mask=inside[:, :, None], other=0.0)
+        x = x.to(tl.float32)
+        if ACTIVE:
+            x = _silu(x) * tl.load(m + edge, mask=inside, other=0.0)[:, :, None]
+        total += tl.sum(x, axis=1)
+    return total
 
 
 @triton.jit(do_not_specialize=["n_nodes", "width"])
@@ -122,15 +136,7 @@ def _nodes_forward(
     d, c = tl.arange(0, D), tl.arange(0, CHUNK)
     rows = node[:, None] * D
     if RECEIVES:
-        begin, end, most = _edges_of(starts, node, n_nodes)
-        total = tl.zeros([TILE, D], tl.float32)
-        for i in range(0, most, TOGETHER):
-            edge = begin[:, None] + i + tl.arange(0, TOGETHER)
-            inside = edge < end[:, None]
-            x = tl.load(last + edge[:, :, None] * D + d, mask=inside[:, :, None], other=0.0).to(tl.float32)
-            times = tl.load(m + edge, mask=inside, other=0.0)
-            total += tl.sum(_silu(x) * times[:, :, None], axis=1)
-        sums = total.to(kind)
+        sums = _sum_of_edges(last, m, starts, starts, node, n_nodes, D, TOGETHER, True, False).to(kind)
         tl.store(received + rows + d, sums, mask=real)
         for column in range(0, width, CHUNK):
             weight = tl.load(update + (column + c) * D + d[:, None])
@@ -151,23 +157,6 @@ def _nodes_forward(
             tl.store(projected + 2 * rows + column + c, x.to(kind), mask=real)
 
 
-@triton.jit
-def _sum_of_edges(
-    rows, starts, order, node, n_nodes, D: tl.constexpr, TOGETHER: tl.constexpr, ORDERED: tl.constexpr
-):
-    """Sums (nodes, D) of the rows of each node's edges."""
-    begin, end, most = _edges_of(starts, node, n_nodes)
-    total = tl.zeros([node.shape[0], D], tl.float32)
-    for i in range(0, most, TOGETHER):
-        edge = begin[:, None] + i + tl.arange(0, TOGETHER)
-        inside = edge < end[:, None]
-        if ORDERED:
-            edge = tl.load(order + edge, mask=inside, other=0)
-        x = tl.load(rows + edge[:, :, None] * D + tl.arange(0, D), mask=inside[:, :, None], other=0.0)
-        total += tl.sum(x.to(tl.float32), axis=1)
-    return total
-
-
 @triton.jit(do_not_specialize=["n_nodes", "width"])
 def _nodes_backward(
     of_states, of_first, starts, order, source_starts, first, of_projected, of_earlier,
@@ -182,8 +171,11 @@ def _nodes_backward(
     d, c = tl.arange(0, D), tl.arange(0, CHUNK)
     rows = node[:, None] * D
     if PROJECTED:
-        to = _sum_of_edges(of_first, starts, order, node, n_nodes, D, TOGETHER, False).to(kind)
-        out_of = _sum_of_edges(of_first, source_starts, order, node, n_nodes, D, TOGETHER, True).to(kind)
+        to = _sum_of_edges(of_first, of_first, starts, order, node, n_nodes, D, TOGETHER, False, False)
+        out_of = _sum_of_edges(
+            of_first, of_first, source_starts, order, node, n_nodes, D, TOGETHER, False, True
+        )
+        to, out_of = to.to(kind), out_of.to(kind)
         tl.store(of_projected + 2 * rows + d, to, mask=real)
         tl.store(of_projected + 2 * rows + D + d, out_of, mask=real)
     for column in range(0, width, CHUNK):

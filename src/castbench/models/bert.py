@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from castbench.models.heads import has_kernels
+from castbench.models.heads import has_kernels, product_type
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -36,14 +36,13 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
         offsets: of the texts (b + 1,).
         longest: tokens that no text exceeds; the same number in every batch, as the code is compiled for it.
     """
-    kind, offsets = hidden_Td.device.type, offsets.int()
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_Td.dtype
-    hidden_Td, attend = hidden_Td.to(dtype), flash
+    offsets = offsets.int()
+    hidden_Td, attend = hidden_Td.to(product_type(hidden_Td)), flash
     if layers and has_kernels(hidden_Td, layers[0].attention.self.attention_head_size):
         from castbench.kernels.attention import attend_own
 
         attend = attend_own
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(hidden_Td.device.type, enabled=False):
         for layer in layers:
             for states in (hidden_Td, offsets):  # compiled once for any number of tokens and texts
                 torch._dynamo.maybe_mark_dynamic(states, 0)

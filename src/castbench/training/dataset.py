@@ -220,16 +220,12 @@ class Crystals:
     @property
     def pads(self) -> bool:
         """Whether batches are padded: for a network that can, on a GPU that holds all they are made of."""
-        parts = (ragged for ragged in (self.nodes, self.edges, self.tokens) if ragged is not None)
-        arrays = (array for ragged in parts for array in ragged.arrays.values())
-        return self.takes_padded and all(array.is_cuda for array in arrays)
+        return self.takes_padded and _on_gpu(self.nodes, self.edges, self.tokens)
 
     @property
     def pads_graphs(self) -> bool:
         """Whether graphs alone can be made as in a padded batch."""
-        if self.nodes is None or self.edges is None or not self.encoder_takes_padded:
-            return False
-        return all(array.is_cuda for ragged in (self.nodes, self.edges) for array in ragged.arrays.values())
+        return self.encoder_takes_padded and _on_gpu(self.nodes, self.edges)
 
     def unpadded(self, rows: Tensor) -> Batch:
         """The crystals `rows` (B,), for a step that is not recorded.
@@ -305,6 +301,11 @@ def _tensor(array: np.ndarray) -> Tensor:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def _on_gpu(*parts: Ragged | None) -> bool:
+    """Whether a GPU holds all arrays of those parts that there are."""
+    return all(array.is_cuda for part in parts if part is not None for array in part.arrays.values())
 
 
 def _place(tensor: Tensor, device: torch.device) -> Tensor:
