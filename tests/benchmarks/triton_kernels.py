@@ -1,6 +1,6 @@
 """The GPU's kernels, each family against the torch operations that it stands for, forward and backward.
 
-    PYTHONHASHSEED=0 python tests/benchmarks/kernels.py [--inputs FOLDER] [--precision bf16-mixed]
+    PYTHONHASHSEED=0 python tests/benchmarks/triton_kernels.py [--inputs FOLDER] [--precision bf16-mixed]
 
 Inputs are those of train.py: 64 real crystals of mp36k, and of elastic4 with their texts; states and weights
 are random. Each is recorded as a CUDA graph and replayed, as in training, so that the host takes no part;
