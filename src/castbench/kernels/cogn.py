@@ -20,12 +20,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from castbench.kernels import PRECISION, compare
+from castbench.kernels import compare
+from castbench.kernels.projection import thirds
 
-EDGES, NODES, ROWS = 64, 16, 32  # of a tile; of one of the sums for the weights
-TOGETHER = 4  # edges of a node that are read at once
-SPLITS = 16  # parts of a sum for the weights
-CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # columns that are computed at once
+PROGRAMS = 264  # at most, that share the sums for weights of a kind: two for a multiprocessor of an H100
+# TILE: edges or nodes of a program, or of one of the sums for the weights. TOGETHER: edges of a node that are
+# read at once.
+OF_NODES = {"TILE": 16, "TOGETHER": 8, "num_warps": 8, "num_stages": 2}
+OF_EDGES = {
+    torch.float32: {"TILE": 64, "num_warps": 8, "num_stages": 1},
+    torch.bfloat16: {"TILE": 64, "num_warps": 8, "num_stages": 2},
+}
+OF_WEIGHTS = {
+    torch.float32: {"TILE": 32, "num_warps": 8, "num_stages": 3},
+    torch.bfloat16: {"TILE": 64, "num_warps": 8, "num_stages": 3},
+}
+for settings in (OF_EDGES, OF_WEIGHTS):
+    settings[torch.float16] = settings[torch.bfloat16]
 
 
 @triton.jit
@@ -39,197 +50,220 @@ def _silu_slope(x):
     return share * (1 + x * (1 - share))
 
 
-@triton.jit(do_not_specialize=["n_edges", "width"])
+@triton.jit
+def _product(x, weight, total, STEP: tl.constexpr, PARTS: tl.constexpr):
+    """Total (M, N) and x (M, K), float32, times a matrix (K, N) at `weight`, with its parts STEP apart."""
+    kind: tl.constexpr = weight.dtype.scalar.element_ty
+    x_one = x.to(kind)
+    if PARTS == 3:
+        rest = x - x_one.to(tl.float32)
+        x_two = rest.to(kind)
+        x_three = (rest - x_two.to(tl.float32)).to(kind)
+        total = tl.dot(x_one, tl.load(weight + 2 * STEP), total)
+        two = tl.load(weight + STEP)
+        total = tl.dot(x_two, two, total)
+        total = tl.dot(x_one, two, total)
+        one = tl.load(weight)
+        total = tl.dot(x_three, one, total)
+        total = tl.dot(x_two, one, total)
+        total = tl.dot(x_one, one, total)
+    else:
+        total = tl.dot(x_one, tl.load(weight), total)
+    return total
+
+
+@triton.jit(do_not_specialize=["n_edges"])
 def _edges_forward(
-    basis, source, target, projected, entry, hidden, biases, inputs, n_edges, width,
-    K: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    basis, source, target, projected, entry, hidden, biases, inputs, n_edges,
+    K: tl.constexpr, D: tl.constexpr, L: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Inputs (L + 1, E, D) of the activations of a round's message network."""
     kind = inputs.dtype.element_ty
     edge = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = (edge < n_edges)[:, None]
-    k, d, c = tl.arange(0, K), tl.arange(0, D), tl.arange(0, CHUNK)
-    receiver = tl.load(target + edge, mask=edge < n_edges, other=0)[:, None] * (2 * D)
-    sender = tl.load(source + edge, mask=edge < n_edges, other=0)[:, None] * (2 * D) + D
-    rows, layer_size = inputs + edge[:, None].to(tl.int64) * D, n_edges.to(tl.int64) * D
-    distance = tl.load(basis + edge[:, None] * K + k, mask=real, other=0.0)
-    for column in range(0, width, CHUNK):
-        weight = tl.load(entry + (column + c) * K + k[:, None])
-        x = tl.dot(distance, weight, input_precision=PRECISION)
-        x += tl.load(projected + receiver + column + c).to(tl.float32)
-        x += tl.load(projected + sender + column + c).to(tl.float32)
-        tl.store(rows + column + c, x.to(kind), mask=real)
+    k, d = tl.arange(0, K), tl.arange(0, D)
+    receiver = tl.load(target + edge, mask=edge < n_edges, other=0)[:, None] * (2 * D) + d
+    sender = tl.load(source + edge, mask=edge < n_edges, other=0)[:, None] * (2 * D) + D + d
+    rows, layer_size = inputs + edge[:, None].to(tl.int64) * D + d, n_edges.to(tl.int64) * D
+    distance = tl.load(basis + edge[:, None] * K + k, mask=real, other=0.0).to(tl.float32)
+    x = tl.load(projected + receiver).to(tl.float32) + tl.load(projected + sender).to(tl.float32)
+    x = _product(distance, entry + d * K + k[:, None], x, STEP, PARTS)
+    tl.store(rows, x.to(kind), mask=real)
     for layer in range(L):
-        tl.debug_barrier()  # the program's other threads have written what is read now
-        active = _silu(tl.load(rows + d, mask=real, other=0.0).to(tl.float32)).to(kind)
+        active = _silu(x.to(kind).to(tl.float32))
+        x = tl.zeros([TILE, D], tl.float32) + tl.load(biases + layer * D + d)
+        x = _product(active, hidden + layer * (D * D) + d * D + d[:, None], x, STEP, PARTS)
         rows += layer_size
-        for column in range(0, width, CHUNK):
-            weight = tl.load(hidden + layer * (D * D) + (column + c) * D + d[:, None])
-            x = tl.dot(active, weight, input_precision=PRECISION)
-            x += tl.load(biases + layer * D + column + c)
-            tl.store(rows + column + c, x.to(kind), mask=real)
+        tl.store(rows, x.to(kind), mask=real)
 
 
-@triton.jit(do_not_specialize=["n_edges", "width"])
+@triton.jit(do_not_specialize=["n_edges"])
 def _edges_backward(
-    inputs, of_received, target, m, hidden, of_inputs, n_edges, width,
-    D: tl.constexpr, L: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, of_received, target, m, hidden, of_inputs, n_edges,
+    D: tl.constexpr, L: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients (L + 1, E, D) of what `_edges_forward` found, from those of the sums (N, D)."""
     kind = inputs.dtype.element_ty
     edge = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = (edge < n_edges)[:, None]
-    d, c = tl.arange(0, D), tl.arange(0, CHUNK)
-    to = tl.load(target + edge, mask=edge < n_edges, other=0)[:, None] * D
+    d = tl.arange(0, D)
+    to = tl.load(target + edge, mask=edge < n_edges, other=0)[:, None] * D + d
     times = tl.load(m + edge, mask=edge < n_edges, other=0.0)[:, None]
     layer_size = n_edges.to(tl.int64) * D
-    place = edge[:, None].to(tl.int64) * D + L * layer_size
-    for column in range(0, width, CHUNK):
-        gradient = tl.load(of_received + to + column + c) * times
-        x = tl.load(inputs + place + column + c, mask=real, other=0.0).to(tl.float32)
-        tl.store(of_inputs + place + column + c, (gradient * _silu_slope(x)).to(kind), mask=real)
+    place = edge[:, None].to(tl.int64) * D + d + L * layer_size
+    x = tl.load(inputs + place, mask=real, other=0.0).to(tl.float32)
+    gradient = (tl.load(of_received + to) * times * _silu_slope(x)).to(kind)
+    tl.store(of_inputs + place, gradient, mask=real)
     for back in range(L):
-        tl.debug_barrier()  # see above
-        before = tl.load(of_inputs + place + d, mask=real, other=0.0)
         place -= layer_size
-        for column in range(0, width, CHUNK):
-            weight = tl.load(hidden + (L - 1 - back) * (D * D) + d[:, None] * D + column + c)
-            gradient = tl.dot(before, weight, input_precision=PRECISION)
-            x = tl.load(inputs + place + column + c, mask=real, other=0.0).to(tl.float32)
-            tl.store(of_inputs + place + column + c, (gradient * _silu_slope(x)).to(kind), mask=real)
+        x = tl.load(inputs + place, mask=real, other=0.0).to(tl.float32)
+        weight = hidden + (L - 1 - back) * (D * D) + d[:, None] * D + d
+        before = tl.zeros([TILE, D], tl.float32)
+        before = _product(gradient.to(tl.float32), weight, before, STEP, PARTS)
+        gradient = (before * _silu_slope(x)).to(kind)
+        tl.store(of_inputs + place, gradient, mask=real)
 
 
 @triton.jit
-def _sum_of_edges(
-    rows, m, starts, order, node, n_nodes,
-    D: tl.constexpr, TOGETHER: tl.constexpr, ACTIVE: tl.constexpr, ORDERED: tl.constexpr,
-):  # fmt: skip
-    """Sums (nodes, D) of the rows of each node's edges; if ACTIVE, of m SiLU(row)."""
+def _edges_of(starts, node, n_nodes):
+    """First edge (nodes,) of each node, and the one behind its last."""
     begin = tl.load(starts + node, mask=node < n_nodes, other=0)
-    end = tl.load(starts + node + 1, mask=node < n_nodes, other=0)
-    total = tl.zeros([node.shape[0], D], tl.float32)
-    for i in range(0, tl.max(end - begin, axis=0), TOGETHER):
-        edge = begin[:, None] + i + tl.arange(0, TOGETHER)
-        inside = edge < end[:, None]
-        if ORDERED:
-            edge = tl.load(order + edge, mask=inside, other=0)
-        x = tl.load(rows + edge[:, :, None] * D + tl.arange(0, D), mask=inside[:, :, None], other=0.0)
-        x = x.to(tl.float32)
-        if ACTIVE:
-            x = _silu(x) * tl.load(m + edge, mask=inside, other=0.0)[:, :, None]
-        total += tl.sum(x, axis=1)
-    return total
+    return begin, tl.load(starts + node + 1, mask=node < n_nodes, other=0)
 
 
-@triton.jit(do_not_specialize=["n_nodes", "width"])
+@triton.jit
+def _rows_of_edges(rows, order, edge, end, D: tl.constexpr, ORDERED: tl.constexpr):
+    """Rows (nodes, edges, D) of some edges of each node, which has those before `end`, and 0 for others."""
+    inside = edge < end[:, None]
+    if ORDERED:
+        edge = tl.load(order + edge, mask=inside, other=0)
+    places = rows + edge[:, :, None] * D + tl.arange(0, D)
+    return tl.load(places, mask=inside[:, :, None], other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n_nodes"])
 def _nodes_forward(
     states, last, m, starts, update, update_bias, received, updates, new_states,
-    first, entry_bias, projected, n_nodes, width,
-    D: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
-    RECEIVES: tl.constexpr, PROJECTS: tl.constexpr, PRECISION: tl.constexpr,
+    first, entry_bias, projected, n_nodes,
+    D: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
+    RECEIVES: tl.constexpr, PROJECTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Nodes after a round, from the last inputs (E, D) of its messages, and their parts of the next round."""
     kind = received.dtype.element_ty
     node = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = (node < n_nodes)[:, None]
-    d, c = tl.arange(0, D), tl.arange(0, CHUNK)
-    rows = node[:, None] * D
+    d = tl.arange(0, D)
+    rows = node[:, None] * D + d
+    state = tl.load(states + rows, mask=real, other=0.0)
     if RECEIVES:
-        sums = _sum_of_edges(last, m, starts, starts, node, n_nodes, D, TOGETHER, True, False).to(kind)
-        tl.store(received + rows + d, sums, mask=real)
-        for column in range(0, width, CHUNK):
-            weight = tl.load(update + (column + c) * D + d[:, None])
-            x = tl.dot(sums, weight, input_precision=PRECISION) + tl.load(update_bias + column + c)
-            place = rows + column + c
-            tl.store(updates + place, x.to(kind), mask=real)
-            state = tl.load(states + place, mask=real, other=0.0) + _silu(x.to(kind).to(tl.float32))
-            tl.store(new_states + place, state, mask=real)
-        tl.debug_barrier()
-        states = new_states
+        begin, end = _edges_of(starts, node, n_nodes)
+        sums = tl.zeros([TILE, D], tl.float32)
+        for i in range(0, tl.max(end - begin, axis=0), TOGETHER):
+            edge = begin[:, None] + i + tl.arange(0, TOGETHER)
+            times = tl.load(m + edge, mask=edge < end[:, None], other=0.0)
+            sums += tl.sum(
+                _silu(_rows_of_edges(last, starts, edge, end, D, False)) * times[:, :, None], axis=1
+            )
+        sums = sums.to(kind)
+        tl.store(received + rows, sums, mask=real)
+        x = tl.zeros([TILE, D], tl.float32) + tl.load(update_bias + d)
+        x = _product(sums.to(tl.float32), update + d * D + d[:, None], x, STEP, PARTS)
+        tl.store(updates + rows, x.to(kind), mask=real)
+        state += _silu(x.to(kind).to(tl.float32))
+        tl.store(new_states + rows, state, mask=real)
     if PROJECTS:
-        state = tl.load(states + rows + d, mask=real, other=0.0).to(kind)
-        for column in range(0, 2 * width, CHUNK):  # as receivers, then as senders
-            part = column // D
-            weight = tl.load(first + (column - part * D + c) * (3 * D) + (1 + part) * D + d[:, None])
-            x = tl.dot(state, weight, input_precision=PRECISION)
-            x += tl.load(entry_bias + column + c, mask=column + c < D, other=0.0)
-            tl.store(projected + 2 * rows + column + c, x.to(kind), mask=real)
+        for part in range(2):  # as receivers, then as senders
+            weight = first + d * (3 * D) + (1 + part) * D + d[:, None]
+            bias = tl.load(entry_bias + d) * (1 - part)
+            x = _product(state, weight, tl.zeros([TILE, D], tl.float32) + bias, STEP, PARTS)
+            tl.store(projected + rows + node[:, None] * D + part * D, x.to(kind), mask=real)
 
 
-@triton.jit(do_not_specialize=["n_nodes", "width"])
+@triton.jit(do_not_specialize=["n_nodes"])
 def _nodes_backward(
     of_states, of_first, starts, order, source_starts, first, of_projected, of_earlier,
-    updates, update, of_updates, of_received, n_nodes, width,
-    D: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
-    PROJECTED: tl.constexpr, RECEIVED: tl.constexpr, PRECISION: tl.constexpr,
+    updates, update, of_updates, of_received, n_nodes,
+    D: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
+    PROJECTED: tl.constexpr, RECEIVED: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of nodes before a round, and of what they received in the one before."""
     kind = of_updates.dtype.element_ty
     node = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = (node < n_nodes)[:, None]
-    d, c = tl.arange(0, D), tl.arange(0, CHUNK)
-    rows = node[:, None] * D
+    d = tl.arange(0, D)
+    rows = node[:, None] * D + d
+    gradient = tl.load(of_states + rows, mask=real, other=0.0)
     if PROJECTED:
-        to = _sum_of_edges(of_first, of_first, starts, order, node, n_nodes, D, TOGETHER, False, False)
-        out_of = _sum_of_edges(
-            of_first, of_first, source_starts, order, node, n_nodes, D, TOGETHER, False, True
-        )
+        begin, end = _edges_of(starts, node, n_nodes)
+        source_begin, source_end = _edges_of(source_starts, node, n_nodes)
+        to, out_of = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
+        most = tl.maximum(tl.max(end - begin, axis=0), tl.max(source_end - source_begin, axis=0))
+        for i in range(0, most, TOGETHER):
+            place = i + tl.arange(0, TOGETHER)
+            to += tl.sum(_rows_of_edges(of_first, order, begin[:, None] + place, end, D, False), axis=1)
+            edge = source_begin[:, None] + place
+            out_of += tl.sum(_rows_of_edges(of_first, order, edge, source_end, D, True), axis=1)
         to, out_of = to.to(kind), out_of.to(kind)
-        tl.store(of_projected + 2 * rows + d, to, mask=real)
-        tl.store(of_projected + 2 * rows + D + d, out_of, mask=real)
-    for column in range(0, width, CHUNK):
-        place = rows + column + c
-        gradient = tl.load(of_states + place, mask=real, other=0.0)
-        if PROJECTED:
-            weight = first + d[:, None] * (3 * D) + D + column + c
-            gradient += tl.dot(to, tl.load(weight), input_precision=PRECISION)
-            gradient += tl.dot(out_of, tl.load(weight + D), input_precision=PRECISION)
-            tl.store(of_earlier + place, gradient, mask=real)
-        if RECEIVED:
-            x = tl.load(updates + place, mask=real, other=0.0).to(tl.float32)
-            tl.store(of_updates + place, (gradient * _silu_slope(x)).to(kind), mask=real)
+        both = of_projected + rows + node[:, None] * D
+        tl.store(both, to, mask=real)
+        tl.store(both + D, out_of, mask=real)
+        weight = first + d[:, None] * (3 * D) + D + d
+        gradient = _product(to.to(tl.float32), weight, gradient, STEP, PARTS)
+        gradient = _product(out_of.to(tl.float32), weight + D, gradient, STEP, PARTS)
+        tl.store(of_earlier + rows, gradient, mask=real)
     if RECEIVED:
-        tl.debug_barrier()
-        before = tl.load(of_updates + rows + d, mask=real, other=0.0)
-        for column in range(0, width, CHUNK):
-            weight = tl.load(update + d[:, None] * D + column + c)
-            gradient = tl.dot(before, weight, input_precision=PRECISION)
-            tl.store(of_received + rows + column + c, gradient, mask=real)
+        x = tl.load(updates + rows, mask=real, other=0.0).to(tl.float32)
+        of_update = (gradient * _silu_slope(x)).to(kind)
+        tl.store(of_updates + rows, of_update, mask=real)
+        before = tl.zeros([TILE, D], tl.float32)
+        before = _product(of_update.to(tl.float32), update + d[:, None] * D + d, before, STEP, PARTS)
+        tl.store(of_received + rows, before, mask=real)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _products(
     left, right, parts, n_rows,
-    D: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, LEFT_FIRST: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, RIGHT_STEP: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, ACTIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, LEFT_FIRST: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, RIGHT_STEP: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, ACTIVE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Parts (P, SPLITS, D + 1, C) of sums over rows: of left (D) times right (C), and last of left alone.
+    """Parts (P, splits, D + 1, C) of sums over rows: of left (D) times right (C), and last of left alone.
 
     Problem p has the matrices (n_rows, D) and (n_rows, C) number LEFT (p // GROUP) + p % GROUP + LEFT_FIRST
-    of `left` and RIGHT (p // GROUP) + RIGHT_STEP (p % GROUP) of `right`.
+    of `left` and RIGHT (p // GROUP) + RIGHT_STEP (p % GROUP) of `right`. A program has CHUNK columns of left.
     """
-    problem, split, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * CHUNK
+    problem, column = tl.program_id(0), tl.program_id(2) * CHUNK
+    split, splits = tl.program_id(1), tl.num_programs(1)
     group, place = problem // GROUP, problem % GROUP
-    d, c, n = tl.arange(0, D), column + tl.arange(0, CHUNK), n_rows.to(tl.int64)
+    d, c, n = column + tl.arange(0, CHUNK), tl.arange(0, C), n_rows.to(tl.int64)
     left += (LEFT * group + place + LEFT_FIRST) * n * D
     right += (RIGHT * group + RIGHT_STEP * place) * n * C
-    kind = left.dtype.element_ty
-    each = tl.cdiv(tl.cdiv(n_rows, TILE), SPLITS) * TILE
-    total, alone = tl.zeros([D, CHUNK], tl.float32), tl.zeros([D], tl.float32)
+    kind: tl.constexpr = tl.bfloat16 if PARTS == 3 else left.dtype.element_ty
+    each = tl.cdiv(tl.cdiv(n_rows, TILE), splits) * TILE
+    total, alone = tl.zeros([CHUNK, C], tl.float32), tl.zeros([CHUNK], tl.float32)
     for start in range(split * each, tl.minimum((split + 1) * each, n_rows), TILE):
         row = (start + tl.arange(0, TILE))[:, None]
         x = tl.load(left + row.to(tl.int64) * D + d, mask=row < n_rows, other=0.0)
         y = tl.load(right + row.to(tl.int64) * C + c, mask=row < n_rows, other=0.0)
         if ACTIVE:
             y = _silu(y.to(tl.float32))
-        total += tl.dot(tl.trans(x), y.to(kind), input_precision=PRECISION)
         alone += tl.sum(x.to(tl.float32), axis=0)
-    parts += (problem * SPLITS + split) * (D * C + D)
+        x_one, y_one = x.to(kind), y.to(kind)
+        if PARTS == 3:
+            x_rest, y_rest = x - x_one.to(tl.float32), y - y_one.to(tl.float32)
+            x_two, y_two = x_rest.to(kind), y_rest.to(kind)
+            x_three = (x_rest - x_two.to(tl.float32)).to(kind)
+            y_three = (y_rest - y_two.to(tl.float32)).to(kind)
+            total = tl.dot(tl.trans(x_three), y_one, total)
+            total = tl.dot(tl.trans(x_two), y_two, total)
+            total = tl.dot(tl.trans(x_one), y_three, total)
+            total = tl.dot(tl.trans(x_two), y_one, total)
+            total = tl.dot(tl.trans(x_one), y_two, total)
+        total = tl.dot(tl.trans(x_one), y_one, total)
+    parts += (problem * splits + split) * (D * C + D)
     tl.store(parts + d[:, None] * C + c, total)
-    if column == 0:
-        tl.store(parts + D * C + d, alone)
+    tl.store(parts + D * C + d, alone)
 
 
 class Rounds(torch.autograd.Function):
@@ -274,9 +308,8 @@ class Rounds(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             entry = (first.view(rounds * d, 3 * d)[:, :d] @ edge_input).view(rounds, d, k + 1)
         entry_bias = entry[..., k] + biases[:, 0]
-        weights = entry[..., :k].to(kind, copy=True), first.to(kind), hidden.to(kind), update.to(kind)
-        entry, own_first, own_hidden, own_update = (part.contiguous() for part in weights)
-        basis = basis.to(kind)
+        entry, own_first, own_hidden, own_update = _factors([entry[..., :k], first, hidden, update], kind)
+        step, basis = {"STEP": own_first.stride(0), "PARTS": len(own_first)}, basis.to(kind)
         every_state = states.new_empty(rounds + 1, n_nodes, d, dtype=torch.float32)
         every_state[0] = states
         inputs = basis.new_empty(rounds, layers + 1, n_edges, d)
@@ -284,16 +317,16 @@ class Rounds(torch.autograd.Function):
         projected = basis.new_empty(n_nodes, 2, d)
         for r in range(rounds + 1):
             before, after = max(r - 1, 0), min(r, rounds - 1)  # the round that ends here, and the next
-            _nodes_forward[_tiles(n_nodes, NODES)](
-                every_state[before], inputs[before, -1], m, starts, own_update[before], biases[before, -1],
+            _nodes_forward[_tiles(n_nodes, OF_NODES)](
+                every_state[before], inputs[before, -1], m, starts, own_update[0, before], biases[before, -1],
                 received[before], updates[before], every_state[r],
-                own_first[after], entry_bias[after], projected, n_nodes, d,
-                RECEIVES=r > 0, PROJECTS=r < rounds, TOGETHER=TOGETHER, **_settings(NODES, d, kind),
+                own_first[0, after], entry_bias[after], projected, n_nodes,
+                D=d, RECEIVES=r > 0, PROJECTS=r < rounds, **step, **OF_NODES,
             )  # fmt: skip
             if r < rounds:
-                _edges_forward[_tiles(n_edges, EDGES)](
-                    basis, source, target, projected, entry[r], own_hidden[r], biases[r, 1:], inputs[r],
-                    n_edges, d, K=k, L=layers, **_settings(EDGES, d, kind),
+                _edges_forward[_tiles(n_edges, OF_EDGES[kind])](
+                    basis, source, target, projected, entry[0, r], own_hidden[0, r], biases[r, 1:], inputs[r],
+                    n_edges, K=k, D=d, L=layers, **step, **OF_EDGES[kind],
                 )  # fmt: skip
         ctx.save_for_backward(
             basis, m, target, starts, order, source_starts, edge_input, first, own_first, own_hidden,
@@ -309,7 +342,8 @@ class Rounds(torch.autograd.Function):
             basis, m, target, starts, order, source_starts, edge_input, first, own_first, own_hidden,
             own_update, every_state, inputs, received, updates,
         ) = ctx.saved_tensors  # fmt: skip
-        (rounds, layers, d), kind = own_hidden.shape[:3], basis.dtype
+        (parts, rounds, layers, d), kind = own_hidden.shape[:4], basis.dtype
+        step = {"STEP": own_hidden.stride(0), "PARTS": parts}
         (n_edges, k), n_nodes = basis.shape, every_state.shape[1]
         of_state = gradients[0].float().contiguous()
         of_inputs, of_projected = torch.empty_like(inputs), basis.new_empty(rounds, n_nodes, 2, d)
@@ -317,17 +351,16 @@ class Rounds(torch.autograd.Function):
         for r in range(rounds, -1, -1):
             before, after = max(r - 1, 0), min(r, rounds - 1)
             of_earlier = torch.empty_like(of_state) if r < rounds else of_state
-            _nodes_backward[_tiles(n_nodes, NODES)](
-                of_state, of_inputs[after, 0], starts, order, source_starts, own_first[after],
-                of_projected[after], of_earlier, updates[before], own_update[before], of_updates[before],
-                of_received, n_nodes, d,
-                PROJECTED=r < rounds, RECEIVED=r > 0, TOGETHER=TOGETHER, **_settings(NODES, d, kind),
+            _nodes_backward[_tiles(n_nodes, OF_NODES)](
+                of_state, of_inputs[after, 0], starts, order, source_starts, own_first[0, after],
+                of_projected[after], of_earlier, updates[before], own_update[0, before], of_updates[before],
+                of_received, n_nodes, D=d, PROJECTED=r < rounds, RECEIVED=r > 0, **step, **OF_NODES,
             )  # fmt: skip
             of_state = of_earlier
             if r > 0:
-                _edges_backward[_tiles(n_edges, EDGES)](
-                    inputs[before], of_received, target, m, own_hidden[before], of_inputs[before],
-                    n_edges, d, L=layers, **_settings(EDGES, d, kind),
+                _edges_backward[_tiles(n_edges, OF_EDGES[kind])](
+                    inputs[before], of_received, target, m, own_hidden[0, before], of_inputs[before],
+                    n_edges, D=d, L=layers, **step, **OF_EDGES[kind],
                 )  # fmt: skip
         of_hidden, of_hidden_bias = _weight_gradients(
             of_inputs, inputs, n_edges, (d, d), rounds * layers, active=True,
@@ -354,31 +387,29 @@ def _weight_gradients(
     GROUP: int = 1, LEFT: int = 1, LEFT_FIRST: int = 0, RIGHT: int = 1, RIGHT_STEP: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients (P, *shape) and (P, shape[0]) of matrices and biases of P linear layers; see `_products`."""
-    d, c = shape
-    chunk = min(64, c)
-    parts = left.new_empty(problems, SPLITS, d * c + d, dtype=torch.float32)
-    _products[problems, SPLITS, c // chunk](
-        left, right, parts, rows, D=d, C=c, CHUNK=chunk, GROUP=GROUP, LEFT=LEFT, LEFT_FIRST=LEFT_FIRST,
-        RIGHT=RIGHT, RIGHT_STEP=RIGHT_STEP, TILE=ROWS, SPLITS=SPLITS, ACTIVE=active,
-        PRECISION=PRECISION, num_warps=8, num_stages=2,
+    (d, c), settings = shape, OF_WEIGHTS[left.dtype]
+    chunk = min(128, d)
+    splits = max(min(PROGRAMS * chunk // (problems * d), *_tiles(rows, settings)), 1)
+    parts = left.new_empty(problems, splits, d * c + d, dtype=torch.float32)
+    _products[problems, splits, d // chunk](
+        left, right, parts, rows, D=d, C=c, GROUP=GROUP, LEFT=LEFT, LEFT_FIRST=LEFT_FIRST, RIGHT=RIGHT,
+        RIGHT_STEP=RIGHT_STEP, CHUNK=chunk, ACTIVE=active,
+        PARTS=3 if left.dtype == torch.float32 else 1, **settings,
     )  # fmt: skip
     total = parts.sum(1)
     return total[:, : d * c].view(problems, d, c), total[:, d * c :]
 
 
-def _tiles(rows: int, size: int) -> tuple[int]:
-    return (triton.cdiv(rows, size),)
+def _tiles(rows: int, settings: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(rows, settings["TILE"]),)
 
 
-def _settings(tile: int, width: int, kind: torch.dtype) -> dict[str, Any]:
-    return {
-        "D": width,
-        "TILE": tile,
-        "CHUNK": min(CHUNK[kind], width),
-        "PRECISION": PRECISION,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+def _factors(weights: list[Tensor], kind: torch.dtype) -> list[Tensor]:
+    """Matrices as factors (PARTS, *shape) of products in a type: float32 as the sum of three bfloat16."""
+    flat = torch.cat([weight.reshape(-1) for weight in weights])
+    parts = (thirds(flat[None]) if kind == torch.float32 else flat.to(kind)).view(-1, len(flat))
+    every = parts.split([weight.numel() for weight in weights], 1)
+    return [part.unflatten(1, weight.shape) for part, weight in zip(every, weights, strict=True)]
 
 
 def check(device: torch.device, kind: torch.dtype) -> None:
