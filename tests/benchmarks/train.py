@@ -63,7 +63,8 @@ from castbench.text.packed import write_manifest  # noqa: E402
 from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
 from castbench.training import objectives  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
-from castbench.training.loop import MAX_GRADIENT_NORM, Trainer  # noqa: E402
+from castbench.training.loop import Trainer  # noqa: E402
+from castbench.training.optimizer import MAX_GRADIENT_NORM  # noqa: E402
 from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 

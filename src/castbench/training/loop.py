@@ -3,10 +3,6 @@
 A step is a function of the weights, the optimiser's moments and (seed, step): learning rate, data order,
 masks and dropout have no state of their own (schedule.py). So a checkpoint after any step continues to the
 same bits.
-
-Chosen where the papers are silent: weight decay acts on weight matrices alone (not on biases, norms, LoRA);
-the norm of the gradient is clipped at 1, if the config says nothing else, so that no single batch throws a
-run off.
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network
 from castbench.training.checkpoint import read_checkpoint, write_checkpoint
 from castbench.training.objectives import Objective
+from castbench.training.optimizer import MAX_GRADIENT_NORM, clip_gradients, make_optimizer
 from castbench.training.recorder import Recorder
 from castbench.training.schedule import epoch_batches, rate_factor, seed_step
 from castbench.training.share import Share
@@ -38,10 +35,8 @@ from castbench.training.share import Share
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
-MAX_GRADIENT_NORM = 1.0
 LINES = 10  # of progress in the log of a run
 TERMINATED = 143  # 128 + SIGTERM: the job was stopped and can be started again
-RATES = {"new": "learning_rate", "lora": "lora_learning_rate", "encoder": "encoder_learning_rate"}
 
 
 @dataclass
@@ -98,7 +93,7 @@ class Trainer:
     ):
         self.network, self.objective, self.training, self.epochs = network, objective, training, epochs
         self.seed, self.fabric, self.folder, self.key = seed, fabric, folder, key
-        self.optimizer = make_optimizer(network, training, fabric.device)
+        self.optimizer = make_optimizer(network.to(fabric.device), training, fabric.device)
         self.module, self.stepper = fabric.setup(network, self.optimizer)
         objective.share = Share(fabric.global_rank, fabric.world_size)
         flash = fabric.device.type == "cuda" and training.get("precision", "32-true") != "32-true"
@@ -195,8 +190,7 @@ class Trainer:
         """Take the optimiser's step on a loss (), and return it."""
         self.fabric.backward(loss)
         longest = self.training.get("max_gradient_norm", MAX_GRADIENT_NORM)
-        if longest is not None:
-            self.fabric.clip_gradients(self.module, self.stepper, max_norm=longest, error_if_nonfinite=False)
+        clip_gradients(self.optimizer, longest)
         self.stepper.step()
         self.stepper.zero_grad()
         return loss.detach()
@@ -330,41 +324,6 @@ class Trainer:
             state = {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
             self.optimizer.load_state_dict(state)
         log.info("continuing after step %d of %d", run.step, run.total)
-
-
-def make_optimizer(
-    network: Network, training: dict[str, Any], device: torch.device | None = None
-) -> torch.optim.AdamW:
-    """AdamW; each group of parameters has its `peak` rate, and its matrices decay, those of LoRA excepted.
-
-    On a GPU all that a step depends on is there, so that it can be recorded.
-    """
-    decay, kinds = training["weight_decay"], []
-    for name, parameters in network.parameter_groups().items():
-        if not parameters:
-            continue
-        peak = training[RATES[name]]
-        matrices = [p for p in parameters if p.ndim > 1 and name != "lora"]
-        others = [p for p in parameters if p.ndim <= 1 or name == "lora"]
-        kinds += [(matrices, peak, decay), (others, peak, 0.0)]
-    there = device is not None and device.type == "cuda"
-    groups = [
-        {
-            "params": ps,
-            "lr": torch.tensor(peak, device=device) if there else peak,
-            "peak": peak,
-            "weight_decay": wd,
-        }
-        for ps, peak, wd in kinds
-        if ps
-    ]
-    optimizer = torch.optim.AdamW(groups, fused=True, capturable=there)
-    if there:  # else the first step would make them, each time that it is replayed
-        for group in groups:
-            for p in group["params"]:
-                zeros = {name: torch.zeros_like(p, device=device) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.zeros((), device=device), **zeros}
-    return optimizer
 
 
 @contextmanager
