@@ -32,17 +32,18 @@ from castbench.kernels import compare
 from castbench.kernels.parts import (
     dot_parts,
     load_parts,
-    load_some_parts,
+    parts_of,
     split,
     store_parts,
-    thirds,
     trans_parts,
 )
 
 ROWS = 16  # of a program: the fewest that matrix units take, since there are few nodes
-CHUNK = {1: 128, 3: 32}  # by parts of a number: columns of the weights that pass through at a time
+PARTS = 3  # of a number in float32
+CHUNK = {1: 128, 2: 64, 3: 64}  # by parts of a number: columns of the weights that pass through at a time
 WARPS, STAGES = 8, 3
 SIDE, STEP = 64, 64  # of a program's square of a weight's gradient; rows that it adds at a time
+DEPTH = {1: 3, 2: 3, 3: 2}  # by parts: stages of these, so that a processor has room for two programs
 WIDEST = 128  # state that a program can hold
 
 
@@ -75,7 +76,7 @@ def _ask(
     x = split(unit * tl.load(vectors + d) + tl.load(vectors + D + d), matrices.dtype.element_ty, PARTS)
     for start in range(0, A, CHUNK):
         a = start + part
-        weight = load_parts(matrices + a[None, :] * D + d[:, None], 2 * (A + F) * D, PARTS)
+        weight = load_parts(matrices + a[None, :] * D + d[:, None], None, 2 * (A + F) * D, PARTS)
         q = dot_parts(x, weight, tl.zeros((h.shape[0], CHUNK), tl.float32), PARTS)
         q += tl.load(vectors + 2 * D + a)
         tl.store(query + row * A + a, q.to(query.dtype.element_ty), mask=real)
@@ -98,7 +99,7 @@ def _ask_backward(
     for start in range(0, A, CHUNK):
         a = start + part
         d_q = tl.load(d_query + row * A + a, mask=real, other=0.0)
-        weight = load_parts(matrices + a[:, None] * D + d[None, :], 2 * (A + F) * D, PARTS)
+        weight = load_parts(matrices + a[:, None] * D + d[None, :], None, 2 * (A + F) * D, PARTS)
         tl.store(sums + 2 * D + a, tl.sum(d_q.to(tl.float32), 0))
         d_q = split(d_q, kind, PARTS)
         store_parts(factors + a, d_q, real, WIDTH, PARTS)
@@ -159,7 +160,7 @@ def layer_forward(
     for start in range(0, A, CHUNK_A):
         a = start + part_A
         found = tl.load(attended + row * A + a, mask=real, other=0.0)
-        weight = load_parts(output + d[None, :] * A + a[:, None], APART, PARTS)
+        weight = load_parts(output + d[None, :] * A + a[:, None], None, APART, PARTS)
         x = dot_parts(split(found, kind, PARTS), weight, x, PARTS)
     tl.store(middle + row * D + d, x, mask=real)
 
@@ -169,8 +170,8 @@ def layer_forward(
     x += tl.load(vectors + 5 * D + A + F + d)
     for start in range(0, F, CHUNK_F):
         f = start + part_F
-        weight_1 = load_parts(first + f[None, :] * D + d[:, None], APART, PARTS)
-        weight_2 = load_parts(second + d[None, :] * F + f[:, None], APART, PARTS)
+        weight_1 = load_parts(first + f[None, :] * D + d[:, None], None, APART, PARTS)
+        weight_2 = load_parts(second + d[None, :] * F + f[:, None], None, APART, PARTS)
         u = dot_parts(n, weight_1, tl.zeros((ROWS, CHUNK_F), tl.float32), PARTS)
         u += tl.load(vectors + 5 * D + A + f)
         g = u * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
@@ -218,8 +219,8 @@ def layer_backward(
     gradient = tl.zeros((ROWS, D), tl.float32)
     for start in range(0, F, CHUNK_F):
         f = start + part_F
-        weight_1 = load_parts(first + f[:, None] * D + d[None, :], APART, PARTS)
-        weight_2 = load_parts(second + d[:, None] * F + f[None, :], APART, PARTS)
+        weight_1 = load_parts(first + f[:, None] * D + d[None, :], None, APART, PARTS)
+        weight_2 = load_parts(second + d[:, None] * F + f[None, :], None, APART, PARTS)
         zeros = tl.zeros((ROWS, CHUNK_F), tl.float32)
         u = dot_parts(n, trans_parts(weight_1, PARTS), zeros, PARTS) + tl.load(vectors + 5 * D + A + f)
         d_g = dot_parts(d_second, weight_2, zeros, PARTS)
@@ -241,7 +242,7 @@ def layer_backward(
     for start in range(0, A, CHUNK_A):
         a = start + part_A
         found = tl.load(attended + row * A + a, mask=real, other=0.0)
-        weight = load_parts(output + d[:, None] * A + a[None, :], APART, PARTS)
+        weight = load_parts(output + d[:, None] * A + a[None, :], None, APART, PARTS)
         store_parts(factors + A + 2 * D + a, split(found, kind, PARTS), real, WIDTH, PARTS)
         d_found = dot_parts(d_output, weight, tl.zeros((ROWS, CHUNK_A), tl.float32), PARTS)
         tl.store(d_attended + row * A + a, d_found.to(d_attended.dtype.element_ty), mask=real)
@@ -275,8 +276,8 @@ def weight_gradients(
     for start in range(0, rows, STEP):
         row = start + step
         places = factors + row[:, None] * (PARTS * WIDTH) + place[None, :]
-        a = load_some_parts(places + left + top, row[:, None] < rows, WIDTH, PARTS)
-        b = load_some_parts(places + right + side, row[:, None] < rows, WIDTH, PARTS)
+        a = load_parts(places + left + top, row[:, None] < rows, WIDTH, PARTS)
+        b = load_parts(places + right + side, row[:, None] < rows, WIDTH, PARTS)
         total = dot_parts(trans_parts(a, PARTS), b, total, PARTS)
     gradients += layer * (2 * (A + F) * D) + before * SIDE * SIDE
     tl.store(gradients + (top + place)[:, None] * columns + side + place[None, :], total)
@@ -292,13 +293,13 @@ class _Step:
         self.shapes = [(a, d), (d, a), (f, d), (d, f), (d,), (d,), (a,), (d,), (d,), (d,), (f,), (d,)]
         self.matrices, self.vectors = 2 * (a + f) * d, 6 * d + a + f
         self.programs = (triton.cdiv(rows, ROWS),)
-        self.factor_kind, parts = (torch.bfloat16, 3) if kind == torch.float32 else (kind, 1)
+        self.factor_kind, parts = (torch.bfloat16, PARTS) if kind == torch.float32 else (kind, 1)
         chunk = CHUNK[parts]
         sizes = {"D": d, "A": a, "F": f, "PARTS": parts}
         self.common = sizes | {"ROWS": ROWS, "EPS": layer.norm.eps, "CHUNK_A": min(chunk, a)}
         self.common |= {"num_warps": WARPS, "num_stages": STAGES}
         self.wide = {"CHUNK_F": min(chunk, f)}
-        self.squares = sizes | {"SIDE": min(SIDE, a, d, f), "STEP": STEP}
+        self.squares = sizes | {"SIDE": min(SIDE, a, d, f), "STEP": STEP, "num_stages": DEPTH[parts]}
         self.factors: Any = None
         self.sums: Any = None
 
@@ -337,7 +338,7 @@ class _Step:
         self.factors = self.sums = None
         matrices = vectors.new_empty(self.layers, self.matrices)
         grid = (self.matrices // self.squares["SIDE"] ** 2, self.layers)
-        weight_gradients[grid](factors, matrices, self.rows, **self.squares, num_warps=4, num_stages=2)
+        weight_gradients[grid](factors, matrices, self.rows, **self.squares, num_warps=4)
         return self.parts(matrices, vectors)
 
 
@@ -355,7 +356,7 @@ class _Weights(torch.autograd.Function):
         flat = [value.flatten() for axes in (2, 1) for value in parameters if value.dim() == axes]
         matrices, vectors = torch.cat(flat).split([step.layers * step.matrices, step.layers * step.vectors])
         matrices, vectors = matrices.view(step.layers, -1), vectors.view(step.layers, -1)
-        matrices = thirds(matrices) if step.kind == torch.float32 else matrices.to(step.kind)
+        matrices = parts_of(matrices, PARTS) if step.kind == torch.float32 else matrices.to(step.kind)
         return matrices, vectors
 
     @staticmethod

@@ -1,11 +1,12 @@
-"""Float32 numbers as sums of three bfloat16, so that matrix units take products of them.
+"""Float32 numbers as sums of two or three bfloat16, so that matrix units take products of them.
 
-Three times 8 bits are the 24 of a float32, so that nothing is lost. Of the nine products of two such sums
-the six largest are taken, the smallest first; what is left out is 2^-24 of the product at most. The matrix
+Each part has the next 8 bits: two hold a number but for 2^-16 of it, three all of a float32. Of the
+products of two numbers' parts those are taken that are no smaller than what such a sum leaves out. The matrix
 units of bfloat16 are twice as fast as those of TF32, take operands that lie either way, and parts that were
 made before go from memory into them as they are.
 
-Where PARTS is 1, numbers are of the type of the products as they are, and a product is one.
+Parts lie behind one another with the smallest first, the order to add them up in. Where PARTS is 1, numbers
+are of the type of the products as they are, and a product is one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 @triton.jit
 def split(x, kind: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of x, all of type `kind`."""
+    """The parts of x, of type `kind`, the largest first."""
     first = x.to(kind)
     if PARTS == 1:
         parts = (first,)
+    elif PARTS == 2:
+        parts = (first, (x - first.to(tl.float32)).to(kind))
     else:
         x -= first.to(tl.float32)
         second = x.to(kind)
@@ -30,74 +33,71 @@ def split(x, kind: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_parts(places, APART: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of what lies at `places`, APART behind one another."""
+def load_parts(places, real, APART: tl.constexpr, PARTS: tl.constexpr):
+    """The parts, the largest first, of what lies at `places` and APART behind, where `real` is not None."""
+    other: tl.constexpr = None if real is None else 0.0
+    first = tl.load(places + (PARTS - 1) * APART, mask=real, other=other)
     if PARTS == 1:
-        parts = (tl.load(places),)
+        parts = (first,)
+    elif PARTS == 2:
+        parts = (first, tl.load(places, mask=real, other=other))
     else:
-        parts = (tl.load(places), tl.load(places + APART), tl.load(places + 2 * APART))
-    return parts
-
-
-@triton.jit
-def load_some_parts(places, real, APART: tl.constexpr, PARTS: tl.constexpr):
-    """The same of what is real, and zeros."""
-    if PARTS == 1:
-        parts = (tl.load(places, mask=real, other=0.0),)
-    else:
-        parts = (
-            tl.load(places, mask=real, other=0.0),
-            tl.load(places + APART, mask=real, other=0.0),
-            tl.load(places + 2 * APART, mask=real, other=0.0),
-        )
+        second = tl.load(places + APART, mask=real, other=other)
+        parts = (first, second, tl.load(places, mask=real, other=other))
     return parts
 
 
 @triton.jit
 def store_parts(places, parts, real, APART: tl.constexpr, PARTS: tl.constexpr):
-    """Store parts at `places`, APART behind one another, where they are real."""
+    """Store parts as `load_parts` finds them, where they are real."""
     for part in tl.static_range(PARTS):
-        tl.store(places + part * APART, parts[part], mask=real)
+        tl.store(places + (PARTS - 1 - part) * APART, parts[part], mask=real)
 
 
 @triton.jit
 def trans_parts(parts, PARTS: tl.constexpr):
-    """The parts of what is transposed."""
+    """The parts of the transposed matrix."""
+    first = tl.trans(parts[0])
     if PARTS == 1:
-        turned = (tl.trans(parts[0]),)
+        turned = (first,)
+    elif PARTS == 2:
+        turned = (first, tl.trans(parts[1]))
     else:
-        turned = (tl.trans(parts[0]), tl.trans(parts[1]), tl.trans(parts[2]))
+        turned = (first, tl.trans(parts[1]), tl.trans(parts[2]))
     return turned
 
 
 @triton.jit
 def dot_parts(x, w, total, PARTS: tl.constexpr):
-    """total (R, C) + x w, of the parts of x (R, K) and of w (K, C)."""
+    """total (R, C) + x w, of the parts of x (R, K) and of w (K, C).
+
+    In sums of their own by size, for a product waits for the one before that is added to the same.
+    """
     if PARTS == 1:
         total = tl.dot(x[0], w[0], total)
     else:
-        # Three sums, for a product waits for the one before that is added to the same.
-        small, middle = tl.dot(x[2], w[0]), tl.dot(x[1], w[0])
-        small, middle = tl.dot(x[1], w[1], small), tl.dot(x[0], w[1], middle)
-        small = tl.dot(x[0], w[2], small)
-        total = tl.dot(x[0], w[0], total) + (middle + small)
+        rest = tl.dot(x[0], w[1], tl.dot(x[1], w[0]))
+        if PARTS == 3:
+            rest += tl.dot(x[0], w[2], tl.dot(x[1], w[1], tl.dot(x[2], w[0])))
+        total = tl.dot(x[0], w[0], total) + rest
     return total
 
 
 @triton.jit
-def _thirds(values, parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Values (R, COLUMNS) to [first | second | third] (R, 3 COLUMNS); a program a block of a row."""
+def _parts_of(values, parts, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program a block of a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < COLUMNS
     value = tl.load(values + row * COLUMNS + column, mask=real, other=0.0)
-    store_parts(parts + 3 * row * COLUMNS + column, split(value, tl.bfloat16, 3), real, COLUMNS, 3)
+    places = parts + PARTS * row * COLUMNS + column
+    store_parts(places, split(value, tl.bfloat16, PARTS), real, COLUMNS, PARTS)
 
 
-def thirds(values: Tensor) -> Tensor:
-    """Values (R, C) float32 as bfloat16 [first | second | third] (R, 3 C), whose sum they are."""
+def parts_of(values: Tensor, parts: int) -> Tensor:
+    """The bfloat16 parts (R, parts C), side by side, the smallest first, of values (R, C) float32."""
     rows, columns = values.shape
-    parts = values.new_empty(rows, 3 * columns, dtype=torch.bfloat16)
+    found = values.new_empty(rows, parts * columns, dtype=torch.bfloat16)
     block = min(1024, triton.next_power_of_2(columns))
-    _thirds[(rows, triton.cdiv(columns, block))](values.contiguous(), parts, columns, block)
-    return parts
+    _parts_of[(rows, triton.cdiv(columns, block))](values.contiguous(), found, columns, parts, block)
+    return found
