@@ -3,7 +3,8 @@
 Between the attention of one layer and that of the next, rows (nodes) have nothing to do with each other, so a
 program takes ROWS of them through all of it: output product, feed-forward block, the next layer's norm and
 query. Weights pass through a program in chunks, and the inner activation never leaves it. States are
-float32, norms and GELU too; products have factors of the type of autocast and float32 sums.
+float32, norms and GELU too; products have factors of the type of autocast and float32 sums, and float32
+factors are taken as parts (see `parts`), of weights once a step.
 
 The way back recomputes the inner activation and leaves, for each layer, the factors of the gradients of its
 weights: these, sums over all nodes, are taken for all layers in one kernel at the end. No sum's order varies.
@@ -15,6 +16,7 @@ weights of a layer lie one behind another, as do their gradients and what these 
               norm: weight, bias (D); first bias (F); second bias (D)
     factors   of each matrix two, whose product over rows is its gradient: query (A, D), output (D, A),
               first (F, D), second (D, F)
+Of float32 the parts of all matrices of a layer lie behind one another, and those of a row of factors.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from castbench.kernels.parts import (
 
 ROWS = 16  # of a program: the fewest that matrix units take, since there are few nodes
 PARTS = 3  # of a number in float32
-CHUNK = {1: 128, 2: 64, 3: 64}  # by parts of a number: columns of the weights that pass through at a time
+CHUNK = {1: 128, 2: 64, 3: 64}  # by parts of a number: columns of the weights that pass through at most
 WARPS, STAGES = 8, 3
 SIDE, STEP = 64, 64  # of a program's square of a weight's gradient; rows that it adds at a time
 DEPTH = {1: 3, 2: 3, 3: 2}  # by parts: stages of these, so that a processor has room for two programs
@@ -283,6 +285,16 @@ def weight_gradients(
     tl.store(gradients + (top + place)[:, None] * columns + side + place[None, :], total)
 
 
+def _chunk(d: int, parts: int, device: torch.device) -> int:
+    """Columns of the weights that pass through at a time, of two matrices, while the next are loaded."""
+    chunk = CHUNK[parts]
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        while chunk > 16 and 8 * d * chunk * parts + 8704 * (parts + 1) > room:  # and what is no weight
+            chunk //= 2
+    return chunk
+
+
 class _Step:
     """The layers of one forward pass, their sizes, and what their backward passes leave for `_Weights`."""
 
@@ -294,7 +306,7 @@ class _Step:
         self.matrices, self.vectors = 2 * (a + f) * d, 6 * d + a + f
         self.programs = (triton.cdiv(rows, ROWS),)
         self.factor_kind, parts = (torch.bfloat16, PARTS) if kind == torch.float32 else (kind, 1)
-        chunk = CHUNK[parts]
+        chunk = _chunk(d, parts, layer.query.weight.device)
         sizes = {"D": d, "A": a, "F": f, "PARTS": parts}
         self.common = sizes | {"ROWS": ROWS, "EPS": layer.norm.eps, "CHUNK_A": min(chunk, a)}
         self.common |= {"num_warps": WARPS, "num_stages": STAGES}
@@ -326,9 +338,7 @@ class _Step:
     def room(self, like: Tensor) -> None:
         """Make room for what the backward passes leave, at the first of them."""
         if self.factors is None:
-            width = (
-                2 * (self.squares["A"] + 2 * self.squares["D"] + self.squares["F"]) * self.squares["PARTS"]
-            )
+            width = self.squares["PARTS"] * sum(map(sum, self.shapes[:4]))
             self.factors = like.new_empty(self.layers, self.rows, width, dtype=self.factor_kind)
             self.sums = like.new_empty(*self.programs, self.layers, self.vectors)
 
@@ -343,7 +353,7 @@ class _Step:
 
 
 class _Weights(torch.autograd.Function):
-    """Parameters to matrices (L, .), of the type of products, and vectors (L, .).
+    """Parameters to matrices (L, .), of the type of products or parts, and vectors (L, .).
 
     Every layer reads these and gives them no gradient; by autograd's order this backward pass comes behind
     those of all layers nevertheless, and takes all gradients of weights from what they left.

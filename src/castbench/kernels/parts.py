@@ -5,8 +5,8 @@ products of two numbers' parts those are taken that are no smaller than what suc
 units of bfloat16 are twice as fast as those of TF32, take operands that lie either way, and parts that were
 made before go from memory into them as they are.
 
-Parts lie behind one another with the smallest first, the order to add them up in. Where PARTS is 1, numbers
-are of the type of the products as they are, and a product is one.
+Parts lie behind one another, the largest first. Where PARTS is 1, numbers are of the type of the products as
+they are, and a product is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @triton.jit
 def split(x, kind: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of x, of type `kind`, the largest first."""
+    """The parts of x, of type `kind`."""
     first = x.to(kind)
     if PARTS == 1:
         parts = (first,)
@@ -34,16 +34,16 @@ def split(x, kind: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def load_parts(places, real, APART: tl.constexpr, PARTS: tl.constexpr):
-    """The parts, the largest first, of what lies at `places` and APART behind, where `real` is not None."""
+    """The parts of what lies at `places` and APART behind; zeros where `real`, if not None, is false."""
     other: tl.constexpr = None if real is None else 0.0
-    first = tl.load(places + (PARTS - 1) * APART, mask=real, other=other)
+    first = tl.load(places, mask=real, other=other)
     if PARTS == 1:
         parts = (first,)
     elif PARTS == 2:
-        parts = (first, tl.load(places, mask=real, other=other))
+        parts = (first, tl.load(places + APART, mask=real, other=other))
     else:
         second = tl.load(places + APART, mask=real, other=other)
-        parts = (first, second, tl.load(places, mask=real, other=other))
+        parts = (first, second, tl.load(places + 2 * APART, mask=real, other=other))
     return parts
 
 
@@ -51,7 +51,7 @@ def load_parts(places, real, APART: tl.constexpr, PARTS: tl.constexpr):
 def store_parts(places, parts, real, APART: tl.constexpr, PARTS: tl.constexpr):
     """Store parts as `load_parts` finds them, where they are real."""
     for part in tl.static_range(PARTS):
-        tl.store(places + (PARTS - 1 - part) * APART, parts[part], mask=real)
+        tl.store(places + part * APART, parts[part], mask=real)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _parts_of(values, parts, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: 
 
 
 def parts_of(values: Tensor, parts: int) -> Tensor:
-    """The bfloat16 parts (R, parts C), side by side, the smallest first, of values (R, C) float32."""
+    """The bfloat16 parts (R, parts C), side by side, of values (R, C) float32."""
     rows, columns = values.shape
     found = values.new_empty(rows, parts * columns, dtype=torch.bfloat16)
     block = min(1024, triton.next_power_of_2(columns))

@@ -55,6 +55,8 @@ class _Exact(torch.autograd.Function):
         # The bias as one more column of the weight, which meets ones.
         ones, zeros = x.new_ones(len(x), ALIGNED), bias.new_zeros(len(bias), ALIGNED - 1)
         parts = parts_of(torch.cat([weight, bias.unsqueeze(1), zeros], dim=1), PARTS)
+        # The smallest parts first, so that less is cut off when the others are added.
+        parts = parts.unflatten(1, (PARTS, -1)).flip(1).flatten(1)
         return product(torch.cat([x, ones] * PARTS, dim=1), parts.T)
 
     @staticmethod
