@@ -224,7 +224,7 @@ def layer_backward(
         weight_1 = load_parts(first + f[:, None] * D + d[None, :], None, APART, PARTS)
         weight_2 = load_parts(second + d[:, None] * F + f[None, :], None, APART, PARTS)
         zeros = tl.zeros((ROWS, CHUNK_F), tl.float32)
-        u = dot_parts(n, trans_parts(weight_1, PARTS), zeros, PARTS) + tl.load(vectors + 5 * D + A + f)
+        u = dot_parts(n, trans_parts(weight_1), zeros, PARTS) + tl.load(vectors + 5 * D + A + f)
         d_g = dot_parts(d_second, weight_2, zeros, PARTS)
         share = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
         d_u = d_g * (share + u * tl.exp(-0.5 * u * u) * 0.3989422804014327)
@@ -280,7 +280,7 @@ def weight_gradients(
         places = factors + row[:, None] * (PARTS * WIDTH) + place[None, :]
         a = load_parts(places + left + top, row[:, None] < rows, WIDTH, PARTS)
         b = load_parts(places + right + side, row[:, None] < rows, WIDTH, PARTS)
-        total = dot_parts(trans_parts(a, PARTS), b, total, PARTS)
+        total = dot_parts(trans_parts(a), b, total, PARTS)
     gradients += layer * (2 * (A + F) * D) + before * SIDE * SIDE
     tl.store(gradients + (top + place)[:, None] * columns + side + place[None, :], total)
 
@@ -289,7 +289,8 @@ def _chunk(d: int, parts: int, device: torch.device) -> int:
     """Columns of the weights that pass through at a time, of two matrices, while the next are loaded."""
     chunk = CHUNK[parts]
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)
+        room = properties.shared_memory_per_block_optin
         while chunk > 16 and 8 * d * chunk * parts + 8704 * (parts + 1) > room:  # and what is no weight
             chunk //= 2
     return chunk

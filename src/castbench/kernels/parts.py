@@ -19,17 +19,15 @@ from torch import Tensor
 
 @triton.jit
 def split(x, kind: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of x, of type `kind`."""
+    """The parts of x, of type `kind`: three, of which the first PARTS count."""
     first = x.to(kind)
-    if PARTS == 1:
-        parts = (first,)
-    elif PARTS == 2:
-        parts = (first, (x - first.to(tl.float32)).to(kind))
-    else:
+    second, third = first, first
+    if PARTS > 1:
         x -= first.to(tl.float32)
         second = x.to(kind)
-        parts = (first, second, (x - second.to(tl.float32)).to(kind))
-    return parts
+    if PARTS > 2:
+        third = (x - second.to(tl.float32)).to(kind)
+    return first, second, third
 
 
 @triton.jit
@@ -37,14 +35,12 @@ def load_parts(places, real, APART: tl.constexpr, PARTS: tl.constexpr):
     """The parts of what lies at `places` and APART behind; zeros where `real`, if not None, is false."""
     other: tl.constexpr = None if real is None else 0.0
     first = tl.load(places, mask=real, other=other)
-    if PARTS == 1:
-        parts = (first,)
-    elif PARTS == 2:
-        parts = (first, tl.load(places + APART, mask=real, other=other))
-    else:
+    second, third = first, first
+    if PARTS > 1:
         second = tl.load(places + APART, mask=real, other=other)
-        parts = (first, second, tl.load(places + 2 * APART, mask=real, other=other))
-    return parts
+    if PARTS > 2:
+        third = tl.load(places + 2 * APART, mask=real, other=other)
+    return first, second, third
 
 
 @triton.jit
@@ -55,16 +51,9 @@ def store_parts(places, parts, real, APART: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def trans_parts(parts, PARTS: tl.constexpr):
+def trans_parts(parts):
     """The parts of the transposed matrix."""
-    first = tl.trans(parts[0])
-    if PARTS == 1:
-        turned = (first,)
-    elif PARTS == 2:
-        turned = (first, tl.trans(parts[1]))
-    else:
-        turned = (first, tl.trans(parts[1]), tl.trans(parts[2]))
-    return turned
+    return tl.trans(parts[0]), tl.trans(parts[1]), tl.trans(parts[2])
 
 
 @triton.jit
