@@ -1,6 +1,7 @@
 """Triton's interpreter, which runs the kernels where there is no GPU; import before any of them."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +15,8 @@ if DEVICE.type == "cpu":
 def mend():
     """Let it multiply and round bfloat16, of which it takes the bits, and take arrays as bounds of loops.
 
-    And let it run Triton's own functions where they were defined before, as torch's compiler has them.
+    And let it run Triton's own functions where they were defined before, as torch's compiler has them, and
+    take products of float32 by six of bfloat16 for float32 ones.
     """
     from triton import language as tl
     from triton.runtime import interpreter
@@ -42,6 +44,9 @@ def mend():
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *rest)
 
+    builder = interpreter.interpreter_builder
+    precisions = (*builder.options.allowed_dot_input_precisions, "bf16x6")
+    builder.options = replace(builder.options, allowed_dot_input_precisions=precisions)
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -30,9 +30,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Of outputs, of the gradients of queries, and of those of keys and values. A crystal has few nodes.
-CROSS = (Tiles(16, 64, 1, 2), Tiles(16, 64, 1, 2), Tiles(16, 64, 4, 2))  # a warp more would do the same again
+# Of outputs, of the gradients of queries, and of those of keys and values.
 OWN = (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))
+# Of few queries: these, keys of a warp at a time, warps and the depth of their loads; and keys of a program
+# that sums up their gradients.
+FEW = Tiles(16, 32, 4, 2)
+BLOCK = 64
+# Of products of few queries in float32: six of bfloat16 parts, which need fewer registers than TF32's three.
+SIX = "bf16x6"
 
 
 @triton.jit
@@ -261,6 +266,139 @@ def _of_keys(
         _store(of_v, of_value, row, n_k, k_stride, WIDTH, COLUMNS)
 
 
+@triton.jit
+def _shared_keys(
+    k, v, start, n, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (WARPS, KEYS, COLUMNS), a block a warp, and which there are (WARPS, 1, KEYS)."""
+    warp, place = tl.arange(0, WARPS)[:, None, None], tl.arange(0, KEYS)
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    row = start + warp * KEYS + place[None, :, None]
+    real = row < n
+    if WIDTH != COLUMNS:
+        real = real & (column < WIDTH)
+    places = row * stride + column
+    key, value = tl.load(k + places, mask=real, other=0.0), tl.load(v + places, mask=real, other=0.0)
+    return key, value, start + warp * KEYS + place[None, None, :] < n
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_of_few(
+    q, k, v, out, level, q_offsets, k_offsets, q_stride, k_stride, rows, scale,
+    PADDED: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `_forward`, of so few queries that warps share the keys, and put together what they found."""
+    head, block = tl.program_id(0), tl.program_id(1)
+    segment = tl.num_programs(2) - 1 - tl.program_id(2)
+    out_stride = tl.num_programs(0) * WIDTH
+    q_start, n_q = _segment(q_offsets, segment)
+    k_start, n_k = _segment(k_offsets, segment)
+    out += q_start * out_stride + head * WIDTH
+    if PADDED and segment == tl.num_programs(2) - 1:
+        _clear(out, n_q, out_stride, WIDTH, COLUMNS, QUERIES)
+    elif block * QUERIES < n_q:
+        k += k_start * k_stride + head * WIDTH
+        v += k_start * k_stride + head * WIDTH
+        row = block * QUERIES + tl.arange(0, QUERIES)
+        query = _load(q + q_start * q_stride + head * WIDTH, row, n_q, q_stride, WIDTH, COLUMNS, False)
+        query = tl.broadcast_to(query[None, :, :], (WARPS, QUERIES, COLUMNS))
+        peak = tl.full([WARPS, QUERIES], -3e38, tl.float32)  # finite, for a warp that has no keys
+        total = tl.full([WARPS, QUERIES], 0.0, tl.float32)
+        found = tl.full([WARPS, QUERIES, COLUMNS], 0.0, tl.float32)
+        for start in range(0, n_k, WARPS * KEYS):
+            key, value, real = _shared_keys(k, v, start, n_k, k_stride, WIDTH, COLUMNS, KEYS, WARPS)
+            score = tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision=PRECISION) * scale
+            score = tl.where(real, score, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 2))
+            share = tl.exp2(score - higher[:, :, None])
+            fade = tl.exp2(peak - higher)
+            total = total * fade + tl.sum(share, 2)
+            found *= fade[:, :, None]
+            found = tl.dot(share.to(value.dtype), value, found, input_precision=PRECISION)
+            peak = higher
+        highest = tl.max(peak, 0)
+        fade = tl.exp2(peak - highest[None, :])
+        total = tl.sum(total * fade, 0)
+        total = tl.where(n_k > 0, total, 1.0)  # who has nothing to attend to finds 0
+        found = tl.sum(found * fade[:, :, None], 0) / total[:, None]
+        _store(out, found, row, n_q, out_stride, WIDTH, COLUMNS)
+        level += head.to(tl.int64) * rows + q_start
+        tl.store(level + row, highest + tl.log2(total), mask=row < n_q)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _backward_of_few(
+    q, k, v, out, gradient, level, of_q, of_k, of_v, q_offsets, k_offsets, q_stride, k_stride, rows, blocks,
+    scale, factor, PADDED: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, by the first `blocks` programs of a segment, and of keys and values.
+
+    Those of QUERIES queries are summed as in `_forward_of_few`, those of BLOCK keys over blocks of queries.
+    """
+    head, block = tl.program_id(0), tl.program_id(1)
+    segment = tl.num_programs(2) - 1 - tl.program_id(2)
+    out_stride = tl.num_programs(0) * WIDTH
+    q_start, n_q = _segment(q_offsets, segment)
+    k_start, n_k = _segment(k_offsets, segment)
+    of_q += q_start * q_stride + head * WIDTH
+    shift = k_start * k_stride + head * WIDTH
+    of_k += shift
+    of_v += shift
+    k += shift
+    v += shift
+    q += q_start * q_stride + head * WIDTH
+    out += q_start * out_stride + head * WIDTH
+    gradient += q_start * out_stride + head * WIDTH
+    level += head.to(tl.int64) * rows + q_start
+    if PADDED and segment == tl.num_programs(2) - 1:
+        _clear(of_q, n_q, q_stride, WIDTH, COLUMNS, QUERIES)
+        _clear(of_k, n_k, k_stride, WIDTH, COLUMNS, BLOCK)
+        _clear(of_v, n_k, k_stride, WIDTH, COLUMNS, BLOCK)
+    elif block < blocks:
+        if block * QUERIES < n_q:
+            row = block * QUERIES + tl.arange(0, QUERIES)
+            query = _load(q, row, n_q, q_stride, WIDTH, COLUMNS, False)
+            output = _load(out, row, n_q, out_stride, WIDTH, COLUMNS, False)
+            of_out = _load(gradient, row, n_q, out_stride, WIDTH, COLUMNS, False)
+            mean = tl.sum(output.to(tl.float32) * of_out.to(tl.float32), 1)[None, :, None]
+            height = tl.load(level + row, mask=row < n_q, other=0.0)[None, :, None]
+            query = tl.broadcast_to(query[None, :, :], (WARPS, QUERIES, COLUMNS))
+            of_out = tl.broadcast_to(of_out[None, :, :], (WARPS, QUERIES, COLUMNS))
+            summed = tl.full([WARPS, QUERIES, COLUMNS], 0.0, tl.float32)
+            for start in range(0, n_k, WARPS * KEYS):
+                key, value, real = _shared_keys(k, v, start, n_k, k_stride, WIDTH, COLUMNS, KEYS, WARPS)
+                score = tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision=PRECISION) * scale
+                share = tl.where(real, tl.exp2(score - height), 0.0)
+                of_share = tl.dot(of_out, tl.permute(value, (0, 2, 1)), input_precision=PRECISION)
+                of_score = (share * (of_share - mean)).to(key.dtype)
+                summed = tl.dot(of_score, key, summed, input_precision=PRECISION)
+            _store(of_q, tl.sum(summed, 0) * factor, row, n_q, q_stride, WIDTH, COLUMNS)
+    elif (block - blocks) * BLOCK < n_k:
+        row = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
+        key = _load(k, row, n_k, k_stride, WIDTH, COLUMNS, False)
+        value = _load(v, row, n_k, k_stride, WIDTH, COLUMNS, False)
+        of_key = tl.full([BLOCK, COLUMNS], 0.0, tl.float32)
+        of_value = tl.full([BLOCK, COLUMNS], 0.0, tl.float32)
+        for start in range(0, n_q, QUERIES):
+            place = start + tl.arange(0, QUERIES)
+            output = _load(out, place, n_q, out_stride, WIDTH, COLUMNS, False)
+            of_out = _load(gradient, place, n_q, out_stride, WIDTH, COLUMNS, False)
+            mean = tl.sum(output.to(tl.float32) * of_out.to(tl.float32), 1)
+            query = _load(q, place, n_q, q_stride, WIDTH, COLUMNS, False)
+            height = tl.load(level + place, mask=place < n_q, other=float("inf"))  # shares of 0
+            score = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+            of_share = tl.dot(value, tl.trans(of_out), input_precision=PRECISION)
+            share = tl.exp2(score * scale - height[None, :])
+            of_value = tl.dot(share.to(of_out.dtype), of_out, of_value, input_precision=PRECISION)
+            of_score = (share * (of_share - mean[None, :])).to(query.dtype)
+            of_key = tl.dot(of_score, query, of_key, input_precision=PRECISION)
+        _store(of_k, of_key * factor, row, n_k, k_stride, WIDTH, COLUMNS)
+        _store(of_v, of_value, row, n_k, k_stride, WIDTH, COLUMNS)
+
+
 class Segments(NamedTuple):
     """Which queries and keys belong together.
 
@@ -309,7 +447,14 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, kv: Tensor, first: int, segments: Segments, heads: int
     ) -> tuple[Tensor, Tensor]:
         q = q.contiguous()
-        out, level = _outputs(q, *_columns(kv, first, q.shape[1]), segments, heads, CROSS)
+        out, level = q.new_empty(q.shape), q.new_empty(heads, len(q), dtype=torch.float32)
+        k, v = _columns(kv, first, q.shape[1])
+        scale, _ = _scales(q, heads)
+        grid = (heads, triton.cdiv(segments.longest_q, FEW.queries), len(segments.q_offsets) - 1)
+        _forward_of_few[grid](
+            q, k, v, out, level, *segments[:2], q.stride(0), kv.stride(0), len(q), scale,
+            **_constants_of_few(q, segments, heads),
+        )  # fmt: skip
         ctx.save_for_backward(q, kv, out, level)
         ctx.first, ctx.segments, ctx.heads = first, segments, heads
         ctx.set_materialize_grads(False)
@@ -322,12 +467,35 @@ class _Attend(torch.autograd.Function):
         of_q, of_kv = torch.empty_like(q), torch.empty_like(kv) if of_kv is None else of_kv
         of_k, of_v = _columns(of_kv, ctx.first, q.shape[1])
         k, v = _columns(kv, ctx.first, q.shape[1])
-        _gradients(gradient, q, k, v, out, level, of_q, of_k, of_v, ctx.segments, ctx.heads, CROSS)
+        segments, (scale, factor) = ctx.segments, _scales(q, ctx.heads)
+        blocks = triton.cdiv(segments.longest_q, FEW.queries)
+        grid = (ctx.heads, blocks + triton.cdiv(segments.longest_k, BLOCK), len(segments.q_offsets) - 1)
+        _backward_of_few[grid](
+            q, k, v, out, gradient.contiguous(), level, of_q, of_k, of_v, *segments[:2],
+            q.stride(0), kv.stride(0), len(q), blocks, scale, factor,
+            BLOCK=BLOCK, **_constants_of_few(q, segments, ctx.heads),
+        )  # fmt: skip
         return of_q, of_kv, None, None, None
 
 
 def _columns(kv: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     return kv[:, first : first + width], kv[:, first + width : first + 2 * width]
+
+
+def _constants_of_few(q: Tensor, segments: Segments, heads: int) -> dict[str, Any]:
+    """What the kernels of few queries are compiled for."""
+    width = q.shape[1] // heads
+    return {
+        "PADDED": segments.padded,
+        "WIDTH": width,
+        "COLUMNS": max(triton.next_power_of_2(width), 16),
+        "QUERIES": FEW.queries,
+        "KEYS": FEW.keys,
+        "WARPS": FEW.warps,
+        "PRECISION": SIX,
+        "num_warps": FEW.warps,
+        "num_stages": FEW.stages,
+    }
 
 
 def attend_own(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Tensor:

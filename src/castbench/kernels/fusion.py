@@ -3,7 +3,8 @@
 Between the attention of one layer and that of the next, rows (nodes) have nothing to do with each other, so a
 program takes ROWS of them through all of it: output product, feed-forward block, the next layer's norm and
 query. Weights pass through a program in chunks, and the inner activation never leaves it. States are
-float32, norms and GELU too; products have factors of the type of autocast and float32 sums.
+float32, norms and GELU too; products have factors of the type of autocast and float32 sums, and float32
+factors are taken as parts (see `parts`), of weights once a step.
 
 The way back recomputes the inner activation and leaves, for each layer, the factors of the gradients of its
 weights: these, sums over all nodes, are taken for all layers in one kernel at the end. No sum's order varies.
@@ -15,6 +16,7 @@ weights of a layer lie one behind another, as do their gradients and what these 
               norm: weight, bias (D); first bias (F); second bias (D)
     factors   of each matrix two, whose product over rows is its gradient: query (A, D), output (D, A),
               first (F, D), second (D, F)
+Of float32 the parts of all matrices of a layer lie behind one another, and those of a row of factors.
 """
 
 from __future__ import annotations
@@ -28,12 +30,22 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from castbench.kernels import PRECISION, compare
+from castbench.kernels import compare
+from castbench.kernels.parts import (
+    dot_parts,
+    load_parts,
+    parts_of,
+    split,
+    store_parts,
+    trans_parts,
+)
 
 ROWS = 16  # of a program: the fewest that matrix units take, since there are few nodes
-CHUNK = 128  # bytes of a row of the weights that pass through
+PARTS = 3  # of a number in float32
+CHUNK = {1: 128, 2: 64, 3: 64}  # by parts of a number: columns of the weights that pass through at most
 WARPS, STAGES = 8, 3
-SIDE = 64  # of a program's square of a weight's gradient
+SIDE, STEP = 64, 64  # of a program's square of a weight's gradient; rows that it adds at a time
+DEPTH = {1: 3, 2: 3, 3: 2}  # by parts: stages of these, so that a processor has room for two programs
 WIDEST = 128  # state that a program can hold
 
 
@@ -56,26 +68,26 @@ def _before_norm(gradient, unit, scale):
 
 @triton.jit
 def _ask(
-    h, query, matrices, vectors, row, real, A: tl.constexpr, CHUNK: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    h, query, matrices, vectors, row, real, A: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
+    EPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Store the queries (., A) of the rows h (ROWS, D)."""
     D: tl.constexpr = h.shape[1]
-    kind: tl.constexpr = matrices.dtype.element_ty
     d, part = tl.arange(0, D), tl.arange(0, CHUNK)
     unit, _ = _normalised(h, EPS)
-    x = (unit * tl.load(vectors + d) + tl.load(vectors + D + d)).to(kind)
+    x = split(unit * tl.load(vectors + d) + tl.load(vectors + D + d), matrices.dtype.element_ty, PARTS)
     for start in range(0, A, CHUNK):
         a = start + part
-        weight = tl.load(matrices + a[None, :] * D + d[:, None])
-        q = tl.dot(x, weight, input_precision=PRECISION) + tl.load(vectors + 2 * D + a)
-        tl.store(query + row * A + a, q.to(kind), mask=real)
+        weight = load_parts(matrices + a[None, :] * D + d[:, None], None, 2 * (A + F) * D, PARTS)
+        q = dot_parts(x, weight, tl.zeros((h.shape[0], CHUNK), tl.float32), PARTS)
+        q += tl.load(vectors + 2 * D + a)
+        tl.store(query + row * A + a, q.to(query.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _ask_backward(
     h, d_query, matrices, vectors, factors, sums, row, real, A: tl.constexpr, F: tl.constexpr,
-    CHUNK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows h (ROWS, D) that comes through their queries."""
     D: tl.constexpr = h.shape[1]
@@ -84,16 +96,18 @@ def _ask_backward(
     d, part = tl.arange(0, D), tl.arange(0, CHUNK)
     weight_d = tl.load(vectors + d)
     unit, scale = _normalised(h, EPS)
+    factors += row * (PARTS * WIDTH)
     gradient = tl.zeros(h.shape, tl.float32)
     for start in range(0, A, CHUNK):
         a = start + part
         d_q = tl.load(d_query + row * A + a, mask=real, other=0.0)
-        tl.store(factors + row * WIDTH + a, d_q, mask=real)
+        weight = load_parts(matrices + a[:, None] * D + d[None, :], None, 2 * (A + F) * D, PARTS)
         tl.store(sums + 2 * D + a, tl.sum(d_q.to(tl.float32), 0))
-        weight = tl.load(matrices + a[:, None] * D + d[None, :])
-        gradient = tl.dot(d_q, weight, gradient, input_precision=PRECISION)
+        d_q = split(d_q, kind, PARTS)
+        store_parts(factors + a, d_q, real, WIDTH, PARTS)
+        gradient = dot_parts(d_q, weight, gradient, PARTS)
     x = unit * weight_d + tl.load(vectors + D + d)
-    tl.store(factors + row * WIDTH + A + d, x.to(kind), mask=real)
+    store_parts(factors + A + d, split(x, kind, PARTS), real, WIDTH, PARTS)
     tl.store(sums + d, tl.sum(gradient * unit, 0))
     tl.store(sums + D + d, tl.sum(gradient, 0))
     return _before_norm(gradient * weight_d, unit, scale)
@@ -101,21 +115,21 @@ def _ask_backward(
 
 @triton.jit(do_not_specialize=["rows"])
 def ask_forward(
-    h, query, matrices, vectors, rows, D: tl.constexpr, A: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK_A: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    h, query, matrices, vectors, rows, D: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK_A: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Queries (N, A) of states h (N, D)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     real = row < rows
     x = tl.load(h + row * D + tl.arange(0, D), mask=real, other=0.0)
-    _ask(x, query, matrices, vectors, row, real, A, CHUNK_A, EPS, PRECISION)
+    _ask(x, query, matrices, vectors, row, real, A, F, CHUNK_A, EPS, PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def ask_backward(
     h, d_passed, d_query, d_h, matrices, vectors, factors, sums, rows, SUMS: tl.constexpr, D: tl.constexpr,
     A: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, CHUNK_A: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of states h (N, D) from that of their queries, and of themselves behind these."""
     tile = tl.program_id(0)
@@ -125,7 +139,7 @@ def ask_backward(
     x = tl.load(h + place, mask=real, other=0.0)
     gradient = tl.load(d_passed + place, mask=real, other=0.0)
     gradient += _ask_backward(
-        x, d_query, matrices, vectors, factors, sums + tile * SUMS, row, real, A, F, CHUNK_A, EPS, PRECISION
+        x, d_query, matrices, vectors, factors, sums + tile * SUMS, row, real, A, F, CHUNK_A, EPS, PARTS
     )
     tl.store(d_h + place, gradient, mask=real)
 
@@ -134,9 +148,10 @@ def ask_backward(
 def layer_forward(
     h, attended, middle, out, query, matrices, vectors, next_matrices, next_vectors, rows, D: tl.constexpr,
     A: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, CHUNK_A: tl.constexpr, CHUNK_F: tl.constexpr,
-    LAST: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """States behind the attention (middle) and behind the layer (out), and the next layer's queries."""
+    APART: tl.constexpr = 2 * (A + F) * D
     kind: tl.constexpr = matrices.dtype.element_ty
     output, first, second = matrices + A * D, matrices + 2 * A * D, matrices + (2 * A + F) * D
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -147,23 +162,25 @@ def layer_forward(
     for start in range(0, A, CHUNK_A):
         a = start + part_A
         found = tl.load(attended + row * A + a, mask=real, other=0.0)
-        weight = tl.load(output + d[None, :] * A + a[:, None])
-        x = tl.dot(found, weight, x, input_precision=PRECISION)
+        weight = load_parts(output + d[None, :] * A + a[:, None], None, APART, PARTS)
+        x = dot_parts(split(found, kind, PARTS), weight, x, PARTS)
     tl.store(middle + row * D + d, x, mask=real)
 
     unit, _ = _normalised(x, EPS)
-    n = (unit * tl.load(vectors + 3 * D + A + d) + tl.load(vectors + 4 * D + A + d)).to(kind)
+    n = unit * tl.load(vectors + 3 * D + A + d) + tl.load(vectors + 4 * D + A + d)
+    n = split(n, kind, PARTS)
     x += tl.load(vectors + 5 * D + A + F + d)
     for start in range(0, F, CHUNK_F):
         f = start + part_F
-        weight_1 = tl.load(first + f[None, :] * D + d[:, None])
-        weight_2 = tl.load(second + d[None, :] * F + f[:, None])
-        u = tl.dot(n, weight_1, input_precision=PRECISION) + tl.load(vectors + 5 * D + A + f)
+        weight_1 = load_parts(first + f[None, :] * D + d[:, None], None, APART, PARTS)
+        weight_2 = load_parts(second + d[None, :] * F + f[:, None], None, APART, PARTS)
+        u = dot_parts(n, weight_1, tl.zeros((ROWS, CHUNK_F), tl.float32), PARTS)
+        u += tl.load(vectors + 5 * D + A + f)
         g = u * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
-        x = tl.dot(g.to(kind), weight_2, x, input_precision=PRECISION)
+        x = dot_parts(split(g, kind, PARTS), weight_2, x, PARTS)
     tl.store(out + row * D + d, x, mask=real)
     if not LAST:
-        _ask(x, query, next_matrices, next_vectors, row, real, A, CHUNK_A, EPS, PRECISION)
+        _ask(x, query, next_matrices, next_vectors, row, real, A, F, CHUNK_A, EPS, PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -171,9 +188,10 @@ def layer_backward(
     middle, out, attended, d_out, d_query, d_h, d_attended, matrices, vectors, factors, sums, next_matrices,
     next_vectors, next_factors, next_sums, rows, SUMS: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     F: tl.constexpr, ROWS: tl.constexpr, CHUNK_A: tl.constexpr, CHUNK_F: tl.constexpr, LAST: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr,
+    EPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of h (N, D) and attended (N, A); factors and sums (a row a program) of the weights'."""
+    APART: tl.constexpr = 2 * (A + F) * D
     WIDTH: tl.constexpr = 2 * (A + D + D + F)
     kind: tl.constexpr = matrices.dtype.element_ty
     output, first, second = matrices + A * D, matrices + 2 * A * D, matrices + (2 * A + F) * D
@@ -181,7 +199,7 @@ def layer_backward(
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     real = row < rows
     d, part_A, part_F = tl.arange(0, D), tl.arange(0, CHUNK_A), tl.arange(0, CHUNK_F)
-    factors += row * WIDTH
+    factors += row * (PARTS * WIDTH)
     sums += tile * SUMS
 
     d_x = tl.load(d_out + row * D + d, mask=real, other=0.0)
@@ -190,64 +208,52 @@ def layer_backward(
         next_sums += tile * SUMS
         d_x += _ask_backward(
             x, d_query, next_matrices, next_vectors, next_factors, next_sums, row, real, A, F, CHUNK_A, EPS,
-            PRECISION,
+            PARTS,
         )  # fmt: skip
     tl.store(sums + 5 * D + A + F + d, tl.sum(d_x, 0))
-    d_second = d_x.to(kind)
-    tl.store(factors + 2 * A + 3 * D + F + d, d_second, mask=real)
+    d_second = split(d_x, kind, PARTS)
+    store_parts(factors + 2 * A + 3 * D + F + d, d_second, real, WIDTH, PARTS)
 
     unit, scale = _normalised(tl.load(middle + row * D + d, mask=real, other=0.0), EPS)
     weight_d = tl.load(vectors + 3 * D + A + d)
-    n = (unit * weight_d + tl.load(vectors + 4 * D + A + d)).to(kind)
-    tl.store(factors + 2 * A + 2 * D + F + d, n, mask=real)
+    n = split(unit * weight_d + tl.load(vectors + 4 * D + A + d), kind, PARTS)
+    store_parts(factors + 2 * A + 2 * D + F + d, n, real, WIDTH, PARTS)
     gradient = tl.zeros((ROWS, D), tl.float32)
     for start in range(0, F, CHUNK_F):
         f = start + part_F
-        weight_1 = tl.load(first + f[:, None] * D + d[None, :])
-        weight_2 = tl.load(second + d[:, None] * F + f[None, :])
-        u = tl.dot(n, tl.trans(weight_1), input_precision=PRECISION) + tl.load(vectors + 5 * D + A + f)
-        d_g = tl.dot(d_second, weight_2, input_precision=PRECISION)
+        weight_1 = load_parts(first + f[:, None] * D + d[None, :], None, APART, PARTS)
+        weight_2 = load_parts(second + d[:, None] * F + f[None, :], None, APART, PARTS)
+        zeros = tl.zeros((ROWS, CHUNK_F), tl.float32)
+        u = dot_parts(n, trans_parts(weight_1), zeros, PARTS) + tl.load(vectors + 5 * D + A + f)
+        d_g = dot_parts(d_second, weight_2, zeros, PARTS)
         share = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
         d_u = d_g * (share + u * tl.exp(-0.5 * u * u) * 0.3989422804014327)
         tl.store(sums + 5 * D + A + f, tl.sum(d_u, 0))
-        d_first = d_u.to(kind)
-        tl.store(factors + 2 * A + 2 * D + f, d_first, mask=real)
-        tl.store(factors + 2 * A + 4 * D + F + f, (u * share).to(kind), mask=real)
-        gradient = tl.dot(d_first, weight_1, gradient, input_precision=PRECISION)
+        d_first = split(d_u, kind, PARTS)
+        store_parts(factors + 2 * A + 2 * D + f, d_first, real, WIDTH, PARTS)
+        store_parts(factors + 2 * A + 4 * D + F + f, split(u * share, kind, PARTS), real, WIDTH, PARTS)
+        gradient = dot_parts(d_first, weight_1, gradient, PARTS)
     tl.store(sums + 3 * D + A + d, tl.sum(gradient * unit, 0))
     tl.store(sums + 4 * D + A + d, tl.sum(gradient, 0))
     d_x += _before_norm(gradient * weight_d, unit, scale)
 
     tl.store(d_h + row * D + d, d_x, mask=real)
     tl.store(sums + 2 * D + A + d, tl.sum(d_x, 0))
-    d_output = d_x.to(kind)
-    tl.store(factors + A + D + d, d_output, mask=real)
+    d_output = split(d_x, kind, PARTS)
+    store_parts(factors + A + D + d, d_output, real, WIDTH, PARTS)
     for start in range(0, A, CHUNK_A):
         a = start + part_A
         found = tl.load(attended + row * A + a, mask=real, other=0.0)
-        tl.store(factors + A + 2 * D + a, found, mask=real)
-        weight = tl.load(output + d[:, None] * A + a[None, :])
-        d_found = tl.dot(d_output, weight, input_precision=PRECISION)
-        tl.store(d_attended + row * A + a, d_found.to(kind), mask=real)
-
-
-@triton.jit
-def sum_of_products(a, b, stride, rows, SIDE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Sum over rows of a^T b (SIDE, SIDE), for columns from a and from b on of rows `stride` apart."""
-    side, step = tl.arange(0, SIDE), tl.arange(0, STEP)
-    total = tl.zeros((SIDE, SIDE), tl.float32)
-    for start in range(0, rows, STEP):
-        row = start + step
-        left = tl.load(a + row[None, :] * stride + side[:, None], mask=row[None, :] < rows, other=0.0)
-        right = tl.load(b + row[:, None] * stride + side[None, :], mask=row[:, None] < rows, other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    return total
+        weight = load_parts(output + d[:, None] * A + a[None, :], None, APART, PARTS)
+        store_parts(factors + A + 2 * D + a, split(found, kind, PARTS), real, WIDTH, PARTS)
+        d_found = dot_parts(d_output, weight, tl.zeros((ROWS, CHUNK_A), tl.float32), PARTS)
+        tl.store(d_attended + row * A + a, d_found.to(d_attended.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def weight_gradients(
     factors, gradients, rows, D: tl.constexpr, A: tl.constexpr, F: tl.constexpr, SIDE: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients (L, .) of the matrices from their factors (L, N, .); a program a square of a matrix."""
     WIDTH: tl.constexpr = 2 * (A + D + D + F)
@@ -266,11 +272,28 @@ def weight_gradients(
     across = columns // SIDE
     top = (square - before) // across * SIDE
     side = (square - before) % across * SIDE
-    factors += layer * rows * WIDTH
-    total = sum_of_products(factors + left + top, factors + right + side, WIDTH, rows, SIDE, STEP, PRECISION)
+    factors += layer * rows * (PARTS * WIDTH)
+    place, step = tl.arange(0, SIDE), tl.arange(0, STEP)
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for start in range(0, rows, STEP):
+        row = start + step
+        places = factors + row[:, None] * (PARTS * WIDTH) + place[None, :]
+        a = load_parts(places + left + top, row[:, None] < rows, WIDTH, PARTS)
+        b = load_parts(places + right + side, row[:, None] < rows, WIDTH, PARTS)
+        total = dot_parts(trans_parts(a), b, total, PARTS)
     gradients += layer * (2 * (A + F) * D) + before * SIDE * SIDE
-    place = tl.arange(0, SIDE)
     tl.store(gradients + (top + place)[:, None] * columns + side + place[None, :], total)
+
+
+def _chunk(d: int, parts: int, device: torch.device) -> int:
+    """Columns of the weights that pass through at a time, of two matrices, while the next are loaded."""
+    chunk = CHUNK[parts]
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)
+        room = properties.shared_memory_per_block_optin
+        while chunk > 16 and 8 * d * chunk * parts + 8704 * (parts + 1) > room:  # and what is no weight
+            chunk //= 2
+    return chunk
 
 
 class _Step:
@@ -283,12 +306,13 @@ class _Step:
         self.shapes = [(a, d), (d, a), (f, d), (d, f), (d,), (d,), (a,), (d,), (d,), (d,), (f,), (d,)]
         self.matrices, self.vectors = 2 * (a + f) * d, 6 * d + a + f
         self.programs = (triton.cdiv(rows, ROWS),)
-        chunk = CHUNK // kind.itemsize
-        self.common = {"D": d, "A": a, "ROWS": ROWS, "EPS": layer.norm.eps, "PRECISION": PRECISION}
-        self.common |= {"CHUNK_A": min(chunk, a), "num_warps": WARPS, "num_stages": STAGES}
-        self.wide = {"F": f, "CHUNK_F": min(chunk, f)}
-        side = min(SIDE, a, d, f)
-        self.squares = {"D": d, "A": a, "F": f, "SIDE": side, "STEP": chunk, "PRECISION": PRECISION}
+        self.factor_kind, parts = (torch.bfloat16, PARTS) if kind == torch.float32 else (kind, 1)
+        chunk = _chunk(d, parts, layer.query.weight.device)
+        sizes = {"D": d, "A": a, "F": f, "PARTS": parts}
+        self.common = sizes | {"ROWS": ROWS, "EPS": layer.norm.eps, "CHUNK_A": min(chunk, a)}
+        self.common |= {"num_warps": WARPS, "num_stages": STAGES}
+        self.wide = {"CHUNK_F": min(chunk, f)}
+        self.squares = sizes | {"SIDE": min(SIDE, a, d, f), "STEP": STEP, "num_stages": DEPTH[parts]}
         self.factors: Any = None
         self.sums: Any = None
 
@@ -315,8 +339,8 @@ class _Step:
     def room(self, like: Tensor) -> None:
         """Make room for what the backward passes leave, at the first of them."""
         if self.factors is None:
-            width = 2 * (self.squares["A"] + 2 * self.squares["D"] + self.squares["F"])
-            self.factors = like.new_empty(self.layers, self.rows, width, dtype=self.kind)
+            width = self.squares["PARTS"] * sum(map(sum, self.shapes[:4]))
+            self.factors = like.new_empty(self.layers, self.rows, width, dtype=self.factor_kind)
             self.sums = like.new_empty(*self.programs, self.layers, self.vectors)
 
     def gradients(self) -> list[Tensor]:
@@ -325,12 +349,12 @@ class _Step:
         self.factors = self.sums = None
         matrices = vectors.new_empty(self.layers, self.matrices)
         grid = (self.matrices // self.squares["SIDE"] ** 2, self.layers)
-        weight_gradients[grid](factors, matrices, self.rows, **self.squares, num_warps=4, num_stages=3)
+        weight_gradients[grid](factors, matrices, self.rows, **self.squares, num_warps=4)
         return self.parts(matrices, vectors)
 
 
 class _Weights(torch.autograd.Function):
-    """Parameters to matrices (L, .), of the type of products, and vectors (L, .).
+    """Parameters to matrices (L, .), of the type of products or parts, and vectors (L, .).
 
     Every layer reads these and gives them no gradient; by autograd's order this backward pass comes behind
     those of all layers nevertheless, and takes all gradients of weights from what they left.
@@ -340,12 +364,10 @@ class _Weights(torch.autograd.Function):
     def forward(ctx: Any, step: _Step, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        matrices = parameters[0].new_empty(step.layers, step.matrices, dtype=step.kind)
-        vectors = parameters[0].new_empty(step.layers, step.vectors)
-        pairs = list(zip(step.parts(matrices, vectors), parameters, strict=True))
-        for dimensions in (1, 2):  # a kernel each, since they are of two types
-            of_type = [pair for pair in pairs if pair[1].dim() == dimensions]
-            torch._foreach_copy_([place for place, _ in of_type], [value for _, value in of_type])
+        flat = [value.flatten() for axes in (2, 1) for value in parameters if value.dim() == axes]
+        matrices, vectors = torch.cat(flat).split([step.layers * step.matrices, step.layers * step.vectors])
+        matrices, vectors = matrices.view(step.layers, -1), vectors.view(step.layers, -1)
+        matrices = parts_of(matrices, PARTS) if step.kind == torch.float32 else matrices.to(step.kind)
         return matrices, vectors
 
     @staticmethod
@@ -372,7 +394,7 @@ class _Ask(torch.autograd.Function):
         d_h = torch.empty_like(h)
         ask_backward[step.programs](
             h, d_passed, d_query, d_h, matrices, vectors, step.factors, step.sums, step.rows,
-            SUMS=step.sums.stride(0), F=step.wide["F"], **step.common,
+            SUMS=step.sums.stride(0), **step.common,
         )  # fmt: skip
         return None, d_h, None, None
 

@@ -1,9 +1,9 @@
 """Linear layers of one input, in one product, for token states: they are many, and bfloat16 in the cache.
 
-In float32 such a product takes fifteen times as long as in bfloat16. But a float32 number is the sum of three
-bfloat16 (8 bits each, of 24): three products of the states, taken as one, with the parts of the weights lose
-nothing but in their float32 sums, of which matrix units cut the last bit off at each addition. The gradient
-of the weights likewise, from three parts of the output's.
+In float32 such a product takes fifteen times as long as in bfloat16. But two bfloat16 parts of the weights
+(see `parts`) are these but for 2^-18 or so, and their products with the states, taken as one, are exact but
+for their float32 sums, of which matrix units cut the last bit off at each addition. That costs about as much,
+so that a third part would not show. The gradient of the weights likewise, from two parts of the output's.
 """
 
 from __future__ import annotations
@@ -13,35 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 
 from castbench.kernels import compare
+from castbench.kernels.parts import parts_of
 
+PARTS = 2
 ALIGNED = 8  # columns: a row of so many bfloat16 numbers is 16 bytes
-
-
-@triton.jit
-def thirds_kernel(values, parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Values (R, COLUMNS) to [first | second | third] (R, 3 COLUMNS); a program a block of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = column < COLUMNS
-    value = tl.load(values + row * COLUMNS + column, mask=real, other=0.0)
-    for part in tl.static_range(3):
-        third = value.to(tl.bfloat16)
-        tl.store(parts + (3 * row + part) * COLUMNS + column, third, mask=real)
-        value -= third.to(tl.float32)
-
-
-def thirds(values: Tensor) -> Tensor:
-    """Values (R, C) float32 as bfloat16 [first | second | third] (R, 3 C), whose sum they are."""
-    rows, columns = values.shape
-    parts = values.new_empty(rows, 3 * columns, dtype=torch.bfloat16)
-    block = min(1024, triton.next_power_of_2(columns))
-    thirds_kernel[(rows, triton.cdiv(columns, block))](values.contiguous(), parts, columns, block)
-    return parts
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -54,12 +32,8 @@ class _Half(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = _halves(parameters)
-        sizes = [len(bias) for bias in biases]
-        weight, bias = x.new_empty(sum(sizes), x.shape[1]), x.new_empty(sum(sizes))
-        torch._foreach_copy_(weight.split(sizes), weights)
-        torch._foreach_copy_(bias.split(sizes), biases)
-        ctx.sizes = sizes
+        ctx.sizes, weight, bias = _together(parameters)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return torch.addmm(bias, x, weight.T)
 
@@ -76,25 +50,27 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = _halves(parameters)
-        weight, bias = torch.cat(weights), torch.cat(biases).unsqueeze(1)
-        ctx.sizes = [len(bias) for bias in biases]
+        ctx.sizes, weight, bias = _together(parameters)
         ctx.save_for_backward(x)
         # The bias as one more column of the weight, which meets ones.
         ones, zeros = x.new_ones(len(x), ALIGNED), bias.new_zeros(len(bias), ALIGNED - 1)
-        three = thirds(torch.cat([weight, bias, zeros], dim=1))
-        return product(torch.cat([x, ones] * 3, dim=1), three.T)
+        parts = parts_of(torch.cat([weight, bias.unsqueeze(1), zeros], dim=1), PARTS)
+        # The smallest parts first, so that less is cut off when the others are added.
+        parts = parts.unflatten(1, (PARTS, -1)).flip(1).flatten(1)
+        return product(torch.cat([x, ones] * PARTS, dim=1), parts.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,), (x,) = gradients, ctx.saved_tensors
-        d_weight = product(thirds(gradient).T, x).unflatten(0, (3, -1)).sum(0)
+        d_weight = product(parts_of(gradient, PARTS).T, x).unflatten(0, (PARTS, -1)).sum(0)
         return None, *d_weight.split(ctx.sizes), *gradient.sum(0).split(ctx.sizes)
 
 
-def _halves(parameters: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    half = len(parameters) // 2
-    return parameters[:half], parameters[half:]
+def _together(parameters: tuple[Tensor, ...]) -> tuple[list[int], Tensor, Tensor]:
+    """Outputs of each layer, and the weight (C, E) and bias (C,) of all."""
+    sizes = [len(bias) for bias in parameters[len(parameters) // 2 :]]
+    flat = torch.cat([value.flatten() for value in parameters])
+    return sizes, flat[: -sum(sizes)].view(sum(sizes), -1), flat[-sum(sizes) :]
 
 
 def fits(x: Tensor, kind: torch.dtype) -> bool:

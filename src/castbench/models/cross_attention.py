@@ -25,6 +25,7 @@ from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import Regression, attend, dense, has_kernels, product_type
+from castbench.models.streams import beside
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
 
@@ -106,7 +107,7 @@ class Fusion(nn.ModuleList):
     def forward(self, nodes: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
         """Packed node states (nodes, n_node) that have read the packed tokens (tokens, n_text)."""
         if batch.sizes is not None:
-            return self._fuse_padded(nodes, tokens, batch, batch.sizes)
+            return self.fuse_padded(nodes, self.keys_and_values(tokens), batch, batch.sizes)
         fused, places = [], []
         for crystals in self._groups(batch):
             rows, node_offsets = rows_of(batch.node_offsets, crystals)
@@ -124,11 +125,18 @@ class Fusion(nn.ModuleList):
             places.append(rows)
         return torch.cat(fused).index_select(0, torch.cat(places).argsort())
 
-    def _fuse_padded(self, h_ND: Tensor, tokens_TE: Tensor, batch: Batch, sizes: Sizes) -> Tensor:
-        """The same of a padded batch, without the host having to know more than its sizes."""
+    def fuse_padded(self, h_ND: Tensor, kv_TC: Tensor, batch: Batch, sizes: Sizes) -> Tensor:
+        """The same of a padded batch, without the host having to know more than its sizes.
+
+        Args:
+            h_ND: node states.
+            kv_TC: keys and values of the tokens.
+            batch: padded.
+            sizes: of the batch.
+        """
         layers: list[Any] = list(self)
         kind = product_type(h_ND)
-        read = self._reader(self._keys_and_values(tokens_TE, kind), batch, sizes)
+        read = self._reader(kv_TC, batch, sizes)
         if kernels.usable("fusion", h_ND.device, kind):
             from castbench.kernels import fusion
 
@@ -194,7 +202,7 @@ class Fusion(nn.ModuleList):
     ) -> tuple[Tensor, list[Tensor]]:
         """Node states after all layers, and, where `weights` is set, each layer's attention (B, H, N, T)."""
         layers: list[Any] = list(self)
-        kv_BTD = self._each(self._keys_and_values(tokens_BTD, product_type(h_BND)))
+        kv_BTD = self._each(self.keys_and_values(tokens_BTD))
         maps = []
         for layer, k_BTD, v_BTD in zip(layers, kv_BTD[::2], kv_BTD[1::2], strict=True):
             h_BND, weights_BHNT = layer(h_BND, k_BTD, v_BTD, mask_BT, weights)
@@ -202,14 +210,14 @@ class Fusion(nn.ModuleList):
                 maps.append(weights_BHNT)
         return h_BND, maps
 
-    def _keys_and_values(self, tokens: Tensor, kind: torch.dtype) -> Tensor:
+    def keys_and_values(self, tokens: Tensor) -> Tensor:
         """Keys and values (..., 2 layers width) of all layers, in one product: they depend on text alone.
 
         Args:
             tokens: (..., n_text).
-            kind: type of the product.
         """
         layers: list[Any] = list(self)
+        kind = product_type(layers[0].key.weight)
         projections = [part for layer in layers for part in (layer.key, layer.value)]
         if kernels.usable("projection", tokens.device, kind):
             from castbench.kernels import projection
@@ -243,6 +251,17 @@ class CrossAttentionNetwork(Network):
         super().__init__(build_structure_encoder(architecture, pooled=False), TextEncoder(encoder, lora))
         self.fusion = Fusion(self.structure.width, self.text.width, **sizes)
 
+    def fused(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """Packed node states (nodes, n_node) that have read the text; `hidden` as of `StructureEncoder`."""
+        if batch.sizes is None:
+            return self.fusion(self.structure.nodes(batch, hidden), self.text(batch), batch)
+        tokens = self.text(batch)
+        with beside(tokens) as join:  # the structure encoder's many small passes leave room on a GPU
+            keys_and_values = self.fusion.keys_and_values(tokens)
+        nodes = self.structure.nodes(batch, hidden)
+        join()
+        return self.fusion.fuse_padded(nodes, keys_and_values, batch, batch.sizes)
+
 
 class Cast(CrossAttentionNetwork):
     """Property prediction from the mean of the fused nodes by one linear layer."""
@@ -255,8 +274,7 @@ class Cast(CrossAttentionNetwork):
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardised predictions (B,)."""
-        fused = self.fusion(self.structure.nodes(batch), self.text(batch), batch)
-        return self.head(self.structure.readout(fused, batch))
+        return self.head(self.structure.readout(self.fused(batch), batch))
 
     def attention_maps(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Predictions (B,) and each layer's attention weights (B, H, N, T).
@@ -278,7 +296,7 @@ class MaskedNodePretraining(CrossAttentionNetwork):
 
     def logits(self, batch: Batch) -> Tensor:
         """Scores (nodes, 118) of each node's element; column Z - 1."""
-        return self.head(self.fusion(self.structure.nodes(batch, self.hidden), self.text(batch), batch))
+        return self.head(self.fused(batch, self.hidden))
 
     def forward(self, batch: Batch) -> Outcome:
         """Cross-entropy over the masked nodes of the batch; `correct` counts those named right."""

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from castbench.models.streams import beside
+from castbench.training.recorder import Recorder
+
+ON_GPU = torch.cuda.is_available()
+
+
+def step(layers, token_states, others, aside):
+    """A loss whose gradients come from products beside a chain of small operations, or behind it."""
+    if aside:
+        with beside(token_states) as join:
+            read = nn.functional.linear(token_states, layers[0].weight, layers[0].bias)
+    h = others
+    for layer in layers[1:]:
+        h = layer(h).tanh()
+    if aside:
+        join()
+    else:
+        read = nn.functional.linear(token_states, layers[0].weight, layers[0].bias)
+    return (h @ read.T).softmax(1).square().sum()
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    device = "cuda" if ON_GPU else "cpu"
+    layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(5)).to(device)
+    return layers, torch.randn(3000, 64, device=device), torch.randn(200, 64, device=device)
+
+
+def test_what_runs_beside_gives_the_same_bits(problem):
+    layers, tokens, others = problem
+    found = []
+    for aside in (False, True, True):
+        # A copy that nothing else holds, so that its memory is used again as soon as it may be.
+        loss = step(layers, tokens.clone(), others, aside)
+        found.append([loss, *torch.autograd.grad(loss, list(layers.parameters()))])
+        torch.empty_like(tokens).fill_(torch.nan)
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="only a GPU records")
+def test_it_can_be_recorded(problem):
+    layers, tokens, others = problem
+    places = [torch.zeros_like(parameter) for parameter in layers.parameters()]
+
+    def recorded(tokens, others):
+        loss = step(layers, tokens * 1, others, aside=True)
+        for place, gradient in zip(places, torch.autograd.grad(loss, list(layers.parameters())), strict=True):
+            place.copy_(gradient)
+        return loss.detach()
+
+    recorder = Recorder(tokens.device, lambda: places)
+    for factor in (1, 2, 3):
+        loss = recorder.run("a shape", recorded, factor * tokens, others)
+        wanted = step(layers, factor * tokens, others, aside=False)
+        assert torch.equal(loss, wanted.detach())
+        gradients = torch.autograd.grad(wanted, list(layers.parameters()))
+        assert all(map(torch.equal, places, gradients))
