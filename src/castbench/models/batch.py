@@ -32,9 +32,14 @@ class Sizes(NamedTuple):
 class Texts:
     """The different texts of a batch, shorter ones first: found on the host, so that none waits for a GPU."""
 
-    first: Tensor  # (b,) int64, a crystal that has the text
+    first: Tensor  # (b,) int64, a crystal that has the text; absent in a padded batch
     of: Tensor  # (B,) int64, the text that a crystal has
     size: int  # tokens t of all of them
+
+    @property
+    def padded(self) -> bool:
+        """Whether the tokens of the batch are those of its texts, and not those of its crystals."""
+        return self.first is None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Texts:
         """The same texts on `device`."""
@@ -59,7 +64,8 @@ class Batch:
 
     A padded batch has the shapes `sizes`, whatever its crystals: behind them stands one that is none, in
     nodes, edges, tokens and their offsets (B + 2,) alone. Its nodes and edges count 0 times, so that nothing
-    depends on them, and it has no crystal vector.
+    depends on them, and it has no crystal vector. Where the different texts are known, its tokens are those
+    of B texts: first empty ones, as many as crystals share a text with others.
     """
 
     n: int  # crystals B
