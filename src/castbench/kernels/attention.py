@@ -340,7 +340,7 @@ def attend_own(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Ten
 
     Args:
         qkv_TC: queries, keys and values side by side (T, 3 D).
-        offsets: of the texts and, behind them, of tokens that pad (B + 2,), which may be none; see `Segments`.
+        offsets: of the texts and, behind them, of tokens that pad (B + 2,), which may be none.
         longest: tokens that no text exceeds.
         heads: that share D.
     """

@@ -302,7 +302,7 @@ class Crystals:
         return Graphs.of(*offsets, self.nodes.arrays, self.edges.arrays)
 
     def padded(self, rows: Tensor, sizes: Sizes, *texts: Tensor) -> Batch:
-        """The crystals `rows` (B,) with their `texts`, given on the device, as a padded batch of those sizes."""
+        """The crystals `rows` (B,) and their `texts`, given on the device, as a padded batch of `sizes`."""
         batch = Batch(n=len(rows), sizes=sizes)
         if self.nodes is not None:
             parts = padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges)
