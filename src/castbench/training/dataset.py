@@ -125,6 +125,8 @@ class Crystals:
             packed_tokens = self._open_text(tokens, states, network)
             if network.text_mode == "lora":  # equal texts of a batch are encoded once
                 self.text_ids = torch.from_numpy(packed_tokens.text_ids())
+                # The more layers read a token, the fewer may pad, and the more sizes there are.
+                self.token_sizes = min(4 * (network.text.n_layers - network.text.start_layer), 16)
 
     def _open_text(self, tokens: Path, states: Path | None, network: Network) -> PackedTokens:
         packed = PackedTokens.open(tokens)
@@ -276,8 +278,7 @@ class Crystals:
     def sizes(self, rows: Tensor, *texts: Tensor) -> Sizes:
         """Sizes of a padded batch of the crystals `rows` (B,), on the host: few, since each is recorded.
 
-        Nodes are as many as go with the edges, or more. Tokens of LoRA's `texts` cost the most, so that few
-        pad there, and none if they can do without.
+        Nodes are as many as go with the edges, or more. Of tokens of LoRA's `texts`, none have to pad.
         """
         found = {}
         if self.nodes is not None and self.edges is not None:
@@ -285,7 +286,7 @@ class Crystals:
             found["edges"] = _above(max(edges, EDGES_PER_NODE * nodes))
             found["nodes"] = 8 * math.ceil((found["edges"] / EDGES_PER_NODE + 1) / 8)
         if self.tokens is not None and texts:
-            found["tokens"] = _from(int(self.tokens.lengths(texts[0]).sum()), 16)
+            found["tokens"] = _from(int(self.tokens.lengths(texts[0]).sum()), self.token_sizes)
         elif self.tokens is not None:
             lengths = self.tokens.lengths(rows)
             found["tokens"] = _above(int(lengths.sum()))
