@@ -31,7 +31,8 @@ class Tiles(NamedTuple):
 
 
 # Of outputs, of the gradients of queries, and of those of keys and values.
-OWN = (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))
+OWN = (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))
+SINGLE = (Tiles(64, 16, 4, 2), Tiles(16, 32, 4, 2), Tiles(32, 16, 8, 2))  # in float32, which fills registers
 # Of few queries: these, keys of a warp at a time, warps and the depth of their loads; and keys of a program
 # that sums up their gradients.
 FEW = Tiles(16, 32, 4, 2)
@@ -502,8 +503,8 @@ def attend_own(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Ten
     """Outputs (T, D) of tokens that attend to those of their own text; one operator for torch.compile.
 
     Args:
-        qkv_TC: queries, keys and values side by side (T, 3 D), in half precision.
-        offsets: of the texts (B + 1,).
+        qkv_TC: queries, keys and values side by side (T, 3 D).
+        offsets: of the texts and, behind them, of tokens that pad (B + 2,), which may be none.
         longest: tokens that no text exceeds.
         heads: that share D.
     """
@@ -513,7 +514,7 @@ def attend_own(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Ten
 @torch.library.custom_op("castbench::attend_own", mutates_args=())
 def _own(qkv: Tensor, offsets: Tensor, longest: int, heads: int) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.contiguous().chunk(3, dim=1)
-    return _outputs(q, k, v, Segments(offsets, offsets, longest, longest, False), heads, OWN)
+    return _outputs(q, k, v, Segments(offsets, offsets, longest, longest, True), heads)
 
 
 @_own.register_fake
@@ -529,8 +530,8 @@ def _own_gradient(
     qkv = qkv.contiguous()
     of_qkv = torch.empty_like(qkv)
     (q, k, v), (of_q, of_k, of_v) = qkv.chunk(3, dim=1), of_qkv.chunk(3, dim=1)
-    segments = Segments(offsets, offsets, longest, longest, False)
-    _gradients(gradient, q, k, v, out, level, of_q, of_k, of_v, segments, heads, OWN)
+    segments = Segments(offsets, offsets, longest, longest, True)
+    _gradients(gradient, q, k, v, out, level, of_q, of_k, of_v, segments, heads)
     return of_qkv
 
 
@@ -554,13 +555,11 @@ def _own_backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None,
 _own.register_autograd(_own_backward, setup_context=_keep)
 
 
-def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, heads: int, tiles: tuple[Tiles, Tiles, Tiles]
-) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, k: Tensor, v: Tensor, segments: Segments, heads: int) -> tuple[Tensor, Tensor]:
     """Outputs (Q, D), and log2 of each query's sum of exponentials (heads, Q)."""
     out, level = q.new_empty(q.shape), q.new_empty(heads, len(q), dtype=torch.float32)
     scale, _ = _scales(q, heads)
-    grid, constants = _constants(q, segments, heads, tiles[0], of_keys=False)
+    grid, constants = _constants(q, segments, heads, 0)
     _forward[grid](
         q, k, v, out, level, segments.q_offsets, segments.k_offsets,
         q.stride(0), k.stride(0), len(q), scale, **constants,
@@ -570,18 +569,17 @@ def _outputs(
 
 def _gradients(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, level: Tensor,
-    of_q: Tensor, of_k: Tensor, of_v: Tensor,
-    segments: Segments, heads: int, tiles: tuple[Tiles, Tiles, Tiles],
+    of_q: Tensor, of_k: Tensor, of_v: Tensor, segments: Segments, heads: int,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v to places with their strides, from that of the outputs."""
     gradient, mean = gradient.contiguous(), torch.empty_like(level)
     offsets, strides = (segments.q_offsets, segments.k_offsets), (q.stride(0), k.stride(0))
     scale, factor = _scales(q, heads)
-    grid, constants = _constants(q, segments, heads, tiles[1], of_keys=False)
+    grid, constants = _constants(q, segments, heads, 1)
     _of_queries[grid](
         q, k, v, out, gradient, level, mean, of_q, *offsets, *strides, len(q), scale, factor, **constants
     )
-    grid, constants = _constants(q, segments, heads, tiles[2], of_keys=True)
+    grid, constants = _constants(q, segments, heads, 2)
     _of_keys[grid](
         q, k, v, gradient, level, mean, of_k, of_v, *offsets, *strides, len(q), scale, factor, **constants
     )
@@ -594,11 +592,12 @@ def _scales(q: Tensor, heads: int) -> tuple[float, float]:
 
 
 def _constants(
-    q: Tensor, segments: Segments, heads: int, tiles: Tiles, of_keys: bool
+    q: Tensor, segments: Segments, heads: int, kernel: int
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Programs (heads, blocks, segments), and what the kernel is compiled for."""
+    """Programs (heads, blocks, segments), and what the kernel (0 to 2) is compiled for."""
     width = q.shape[1] // heads
-    longest, rows = (segments.longest_k, tiles.keys) if of_keys else (segments.longest_q, tiles.queries)
+    tiles = (SINGLE if q.dtype == torch.float32 else OWN)[kernel]
+    longest, rows = (segments.longest_k, tiles.keys) if kernel == 2 else (segments.longest_q, tiles.queries)
     constants = {
         "PADDED": segments.padded,
         "WIDTH": width,
@@ -637,10 +636,9 @@ def check(device: torch.device, kind: torch.dtype) -> None:
     segments = Segments(q_offsets, k_offsets, 64, 256, True)
     q, kv = drawn(sum(nodes), width), drawn(sum(tokens), 2 * width)
     see(Reader(kv, segments, 2)(q), _explicit(q, *_columns(kv, 0, width), segments, 2), q, kv)
-    if kind != torch.float32:
-        qkv, segments = drawn(sum(tokens), 3 * 128), Segments(k_offsets, k_offsets, 300, 300, False)
-        q, k, v = qkv.chunk(3, dim=1)
-        see(attend_own(qkv, k_offsets, 300, 2), _explicit(q, k, v, segments, 2), qkv)
+    qkv, segments = drawn(sum(tokens), 3 * 128), Segments(k_offsets, k_offsets, 300, 300, True)
+    q, k, v = qkv.chunk(3, dim=1)
+    see(attend_own(qkv, k_offsets, 300, 2), _explicit(q, k, v, segments, 2), qkv)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, segments: Segments, heads: int) -> Tensor:

@@ -173,8 +173,8 @@ def graphs(held: Graphs, rows: Tensor, nodes: int, edges: int) -> dict[str, Tens
 
 def tokens(offsets: Tensor, states: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """See `padding.padded_tokens`."""
-    width = states.shape[1]
-    own, found = rows.new_empty(len(rows) + 2), states.new_empty(size, width)
+    width = states[0].numel()
+    own, found = rows.new_empty(len(rows) + 2), states.new_empty(size, *states.shape[1:])
     _tokens[_grid(rows, TOKEN_PIECES)](
         offsets, states, rows, own, found, len(rows), size, width, _rows(rows), TOKEN_BLOCK
     )

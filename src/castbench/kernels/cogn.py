@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from castbench.kernels import compare
-from castbench.kernels.projection import thirds
+from castbench.kernels.parts import parts_of, split
 
 PROGRAMS = 264  # at most, that share the sums for weights of a kind: two for a multiprocessor of an H100
 # TILE: edges or nodes of a program, or of one of the sums for the weights. TOGETHER: edges of a node that are
@@ -53,12 +53,8 @@ def _silu_slope(x):
 @triton.jit
 def _product(x, weight, total, STEP: tl.constexpr, PARTS: tl.constexpr):
     """Total (M, N) and x (M, K), float32, times a matrix (K, N) at `weight`, with its parts STEP apart."""
-    kind: tl.constexpr = weight.dtype.scalar.element_ty
-    x_one = x.to(kind)
+    x_one, x_two, x_three = split(x, weight.dtype.scalar.element_ty, PARTS)
     if PARTS == 3:
-        rest = x - x_one.to(tl.float32)
-        x_two = rest.to(kind)
-        x_three = (rest - x_two.to(tl.float32)).to(kind)
         total = tl.dot(x_one, tl.load(weight + 2 * STEP), total)
         two = tl.load(weight + STEP)
         total = tl.dot(x_two, two, total)
@@ -228,40 +224,37 @@ def _products(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, RIGHT_STEP: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, ACTIVE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Parts (P, splits, D + 1, C) of sums over rows: of left (D) times right (C), and last of left alone.
+    """Parts (P, pieces, D + 1, C) of sums over rows: of left (D) times right (C), and last of left alone.
 
     Problem p has the matrices (n_rows, D) and (n_rows, C) number LEFT (p // GROUP) + p % GROUP + LEFT_FIRST
     of `left` and RIGHT (p // GROUP) + RIGHT_STEP (p % GROUP) of `right`. A program has CHUNK columns of left.
     """
     problem, column = tl.program_id(0), tl.program_id(2) * CHUNK
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    piece, pieces = tl.program_id(1), tl.num_programs(1)
     group, place = problem // GROUP, problem % GROUP
     d, c, n = column + tl.arange(0, CHUNK), tl.arange(0, C), n_rows.to(tl.int64)
     left += (LEFT * group + place + LEFT_FIRST) * n * D
     right += (RIGHT * group + RIGHT_STEP * place) * n * C
     kind: tl.constexpr = tl.bfloat16 if PARTS == 3 else left.dtype.element_ty
-    each = tl.cdiv(tl.cdiv(n_rows, TILE), splits) * TILE
+    each = tl.cdiv(tl.cdiv(n_rows, TILE), pieces) * TILE
     total, alone = tl.zeros([CHUNK, C], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for start in range(split * each, tl.minimum((split + 1) * each, n_rows), TILE):
+    for start in range(piece * each, tl.minimum((piece + 1) * each, n_rows), TILE):
         row = (start + tl.arange(0, TILE))[:, None]
         x = tl.load(left + row.to(tl.int64) * D + d, mask=row < n_rows, other=0.0)
         y = tl.load(right + row.to(tl.int64) * C + c, mask=row < n_rows, other=0.0)
         if ACTIVE:
             y = _silu(y.to(tl.float32))
         alone += tl.sum(x.to(tl.float32), axis=0)
-        x_one, y_one = x.to(kind), y.to(kind)
+        x_one, x_two, x_three = split(x, kind, PARTS)
+        y_one, y_two, y_three = split(y, kind, PARTS)
         if PARTS == 3:
-            x_rest, y_rest = x - x_one.to(tl.float32), y - y_one.to(tl.float32)
-            x_two, y_two = x_rest.to(kind), y_rest.to(kind)
-            x_three = (x_rest - x_two.to(tl.float32)).to(kind)
-            y_three = (y_rest - y_two.to(tl.float32)).to(kind)
             total = tl.dot(tl.trans(x_three), y_one, total)
             total = tl.dot(tl.trans(x_two), y_two, total)
             total = tl.dot(tl.trans(x_one), y_three, total)
             total = tl.dot(tl.trans(x_two), y_one, total)
             total = tl.dot(tl.trans(x_one), y_two, total)
         total = tl.dot(tl.trans(x_one), y_one, total)
-    parts += (problem * splits + split) * (D * C + D)
+    parts += (problem * pieces + piece) * (D * C + D)
     tl.store(parts + d[:, None] * C + c, total)
     tl.store(parts + D * C + d, alone)
 
@@ -407,7 +400,7 @@ def _tiles(rows: int, settings: dict[str, int]) -> tuple[int]:
 def _factors(weights: list[Tensor], kind: torch.dtype) -> list[Tensor]:
     """Matrices as factors (PARTS, *shape) of products in a type: float32 as the sum of three bfloat16."""
     flat = torch.cat([weight.reshape(-1) for weight in weights])
-    parts = (thirds(flat[None]) if kind == torch.float32 else flat.to(kind)).view(-1, len(flat))
+    parts = (parts_of(flat[None], 3) if kind == torch.float32 else flat.to(kind)).view(-1, len(flat))
     every = parts.split([weight.numel() for weight in weights], 1)
     return [part.unflatten(1, weight.shape) for part, weight in zip(every, weights, strict=True)]
 

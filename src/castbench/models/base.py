@@ -53,8 +53,7 @@ class Network(nn.Module):
     @property
     def takes_padded(self) -> bool:
         """Whether it reads padded batches, and nothing that it does depends on what only the device knows."""
-        cached = self.text_mode == "none" or (self.text_mode == "frozen" and "token_ids" not in self.needs)
-        return cached and self.structure is not None and self.structure.takes_padded
+        return all(encoder is None or encoder.takes_padded for encoder in (self.structure, self.text))
 
     @property
     def text_mode(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
@@ -32,9 +33,14 @@ class Sizes(NamedTuple):
 class Texts:
     """The different texts of a batch, shorter ones first: found on the host, so that none waits for a GPU."""
 
-    first: Tensor  # (b,) int64, a crystal that has the text
+    first: Tensor  # (b,) int64, a crystal that has the text; absent in a padded batch
     of: Tensor  # (B,) int64, the text that a crystal has
     size: int  # tokens t of all of them
+
+    @property
+    def padded(self) -> bool:
+        """Whether the tokens of the batch are those of its texts, and not those of its crystals."""
+        return self.first is None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Texts:
         """The same texts on `device`."""
@@ -44,13 +50,13 @@ class Texts:
 
 def different_texts(offsets: Tensor, ids: Tensor | None = None) -> Texts:
     """Texts of a batch with token offsets (B + 1,); those with the same one of `ids` (B,) are equal."""
-    lengths = offsets.diff()
-    crystals = first = of = torch.arange(len(lengths))
+    lengths = offsets.diff().numpy()  # by numpy, which is quicker for so few
+    first = of = np.arange(len(lengths))
     if ids is not None:
-        different, of = ids.unique(return_inverse=True)
-        first = torch.full_like(different, len(ids)).scatter_reduce(0, of, crystals, "amin")
-    order = lengths[first].argsort(stable=True)
-    return Texts(first[order], order.argsort()[of], int(lengths[first].sum()))
+        _, first, of = np.unique(ids.numpy(), return_index=True, return_inverse=True)
+    order = lengths[first].argsort(kind="stable")
+    first, of = first[order], order.argsort()[of]
+    return Texts(torch.from_numpy(first), torch.from_numpy(of), int(lengths[first].sum()))
 
 
 @dataclass(slots=True)
@@ -59,7 +65,8 @@ class Batch:
 
     A padded batch has the shapes `sizes`, whatever its crystals: behind them stands one that is none, in
     nodes, edges, tokens and their offsets (B + 2,) alone. Its nodes and edges count 0 times, so that nothing
-    depends on them, and it has no crystal vector.
+    depends on them, and it has no crystal vector. Where the different texts are known, its tokens are those
+    of B texts: first empty ones, as many as crystals share a text with others.
     """
 
     n: int  # crystals B

@@ -25,7 +25,7 @@ def is_fused(hidden: Tensor) -> bool:
     return hidden.is_cuda and torch.is_autocast_enabled("cuda")
 
 
-def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: int, padded: bool) -> Tensor:
     """States (T, d) of texts end to end after some layers.
 
     LoRA's dropout takes the same inputs from query and value, as in loralib's merged projection.
@@ -35,6 +35,7 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
         hidden_Td: states before them.
         offsets: of the texts (b + 1,).
         longest: tokens that no text exceeds; the same number in every batch, as the code is compiled for it.
+        padded: the last text is none, see `Batch`; for a GPU with the kernels alone.
     """
     offsets = offsets.int()
     hidden_Td, attend = hidden_Td.to(product_type(hidden_Td)), flash
@@ -42,6 +43,8 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
         from castbench.kernels.attention import attend_own
 
         attend = attend_own
+        if not padded:
+            offsets = functional.pad(offsets, (0, 1), value=len(hidden_Td))
     with torch.autocast(hidden_Td.device.type, enabled=False):
         for layer in layers:
             for states in (hidden_Td, offsets):  # compiled once for any number of tokens and texts

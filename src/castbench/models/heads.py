@@ -52,14 +52,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tupl
 
 
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, q_offsets: Tensor, k_offsets: Tensor, longest: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    longest: int,
+    padded: bool,
 ) -> Tensor:
     """Attention of each text's queries (Q, D) to its own keys and values (T, D); returns (Q, D).
 
-    Packed, with offsets (B + 1,) of texts of at most `longest` tokens. In half precision on a GPU by
-    variable-length flash attention; else texts are padded with their neighbours, which costs little where
-    they come sorted by length.
+    Packed, with offsets (B + 1,) of texts of at most `longest` tokens, which all are queries, or one of them.
+    Of a padded batch, whose last text is none, by the kernels. In half precision on a GPU by variable-length
+    flash attention; else texts are padded with their neighbours, which costs little where they come sorted by
+    length.
     """
+    if padded:
+        from castbench.kernels.attention import Reader, Segments, attend_own
+
+        if q_offsets is k_offsets:
+            return attend_own(torch.cat([q, k, v], dim=1), k_offsets, longest, heads)
+        segments = Segments(q_offsets, k_offsets, 1, longest, padded=True)
+        return Reader(torch.cat([k, v], dim=1), segments, heads)(q)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
     if has_variable_length(q):
         context: Any = varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), longest, longest)

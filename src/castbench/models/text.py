@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from castbench.errors import InputError
 from castbench.models.base import Network
-from castbench.models.batch import ABSENT, Batch, different_texts, pad, rows_of, unpad
-from castbench.models.heads import Regression
+from castbench.models.batch import ABSENT, Batch, Texts, different_texts, pad, rows_of, unpad
+from castbench.models.heads import KERNEL_WIDTH, Regression
 from castbench.text import read_encoder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TextEncoder(nn.Module):
     """Token states (T, width) or [CLS] states (B, width) of a text encoder.
 
     Frozen (`lora` is None), it hands on the cached final states, and the encoder's weights are not loaded;
-    `pooled`, those of [CLS] alone, so that no others are read.
+    where [CLS] alone is read (`pooled`), no others.
     With `lora` {rank, alpha, dropout, layers}, it starts from cached states below the top `layers` layers, or
     from token ids where that is all of them, and adapts query and value of those layers.
 
@@ -42,10 +42,18 @@ class TextEncoder(nn.Module):
             self.n_layers if lora is None else self.n_layers - adapted_layers(lora, self.n_layers)
         )
         self.mode = "frozen" if lora is None else "lora"
+        self.pooled = pooled
         self.needs = {"token_states"} if self.start_layer else {"token_ids"}
         if pooled and lora is None:
             self.needs = {"cls_states"}
         self.encoder = ABSENT if lora is None else load_with_lora(encoder, lora, self.start_layer)
+
+    @property
+    def takes_padded(self) -> bool:
+        """See `Network`: cached states as they are, or what the kernels of attention make of padded texts."""
+        if self.mode == "frozen":
+            return "token_ids" not in self.needs
+        return self.pooled and self.width // self.encoder.config.num_attention_heads <= KERNEL_WIDTH
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Training mode for LoRA's dropout alone."""
@@ -87,31 +95,32 @@ class TextEncoder(nn.Module):
         """States of all tokens (T, width)."""
         if self.encoder is None:
             return batch.token_states
-        hidden_Td, offsets, text_of = self._run(batch, self.n_layers)
+        hidden_Td, offsets, texts = self._run(batch, self.n_layers)
         tokens = batch.token_states if self.start_layer else batch.token_ids
-        return hidden_Td.index_select(0, rows_of(offsets, text_of, len(tokens))[0])
+        return hidden_Td.index_select(0, rows_of(offsets, texts.of, len(tokens))[0])
 
     def cls(self, batch: Batch) -> Tensor:
         """States of the first token of each text (B, width); the last layer is evaluated for it alone."""
         if self.encoder is None:
             return batch.cls_states.float()
-        hidden_Td, offsets, text_of = self._run(batch, self.n_layers - 1)
-        return self.encoder.run_first(self.encoder.layers[-1], hidden_Td, offsets).index_select(0, text_of)
+        hidden_Td, offsets, texts = self._run(batch, self.n_layers - 1)
+        return self.encoder.run_first(self.encoder.layers[-1], hidden_Td, offsets, texts.padded)[texts.of]
 
-    def _run(self, batch: Batch, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, batch: Batch, stop: int) -> tuple[Tensor, Tensor, Texts]:
         """Different texts, sorted by length, through the layers below `stop`.
 
-        Returns their states (t, width), offsets (b + 1,), and which of them each crystal has (B,).
+        Returns their states (t, width), offsets (b + 1,), and which of them each crystal has.
         """
-        texts = batch.texts
+        texts, offsets = batch.texts, batch.token_offsets
+        tokens = batch.token_states if self.start_layer else batch.token_ids
         if texts is None:
-            texts = different_texts(batch.token_offsets.cpu()).to(batch.token_offsets.device)
-        rows, offsets = rows_of(batch.token_offsets, texts.first, texts.size)
-        if self.start_layer:
-            hidden_Td = batch.token_states.index_select(0, rows).float()
-        else:
-            hidden_Td = self.encoder.embed_packed(batch.token_ids.index_select(0, rows), offsets)
-        return self.encoder.run_packed(hidden_Td, offsets, self.start_layer, stop), offsets, texts.of
+            texts = different_texts(offsets.cpu()).to(offsets.device)
+        if not texts.padded:
+            rows, offsets = rows_of(offsets, texts.first, texts.size)
+            tokens = tokens.index_select(0, rows)
+        hidden_Td = tokens.float() if self.start_layer else self.encoder.embed_packed(tokens, offsets)
+        layers = self.start_layer, stop
+        return self.encoder.run_packed(hidden_Td, offsets, *layers, texts.padded), offsets, texts
 
 
 def adapted_layers(lora: dict[str, Any], n_layers: int) -> int:
@@ -150,7 +159,7 @@ class TextOnly(Network):
     """The text encoder tuned with LoRA, and a linear head on [CLS]; reads no graph."""
 
     def __init__(self, architecture: dict[str, Any], encoder: Path):
-        super().__init__(text=TextEncoder(encoder, architecture["lora"]))
+        super().__init__(text=TextEncoder(encoder, architecture["lora"], pooled=True))
         self.head = Regression(self.text.width)
 
     def forward(self, batch: Batch) -> Tensor:

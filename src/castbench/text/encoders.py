@@ -84,6 +84,7 @@ class LayeredEncoder(nn.Module):
         first = 0 if padding is None else padding + 1  # RoBERTa's count begins behind that of padding
         starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=len(token_ids_T))
         places_T = torch.arange(len(starts), device=starts.device) - starts + first
+        places_T = places_T.clamp(max=self.longest - 1)  # of tokens that pad there may be more
         ids = {
             "input_ids": token_ids_T,
             "position_ids": places_T,
@@ -101,20 +102,30 @@ class LayeredEncoder(nn.Module):
         return hidden_BTd
 
     def run_packed(
-        self, hidden_Td: torch.Tensor, offsets: torch.Tensor, start: int, stop: int
+        self, hidden_Td: torch.Tensor, offsets: torch.Tensor, start: int, stop: int, padded: bool = False
     ) -> torch.Tensor:
-        """As `run`, on texts end to end (T, d) with offsets (B + 1,): no product is spent on padding."""
+        """As `run`, on texts end to end (T, d) with offsets (B + 1,): no product is spent on padding.
+
+        Of a padded batch (see `Batch`) the last text is none, and the states of its tokens mean nothing.
+        """
         layers: list[Any] = list(self.layers[start:stop])
         if is_fused(hidden_Td):
-            return run_fused(layers, hidden_Td, offsets, self.longest)
+            return run_fused(layers, hidden_Td, offsets, self.longest, padded)
         for layer in layers:
-            hidden_Td = self._run_layer(layer, hidden_Td, hidden_Td, offsets, offsets)
+            hidden_Td = self._run_layer(layer, hidden_Td, hidden_Td, offsets, offsets, padded)
         return hidden_Td
 
-    def run_first(self, layer: Any, hidden_Td: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """States (B, d) of the first tokens after one more layer: one query a text."""
+    def run_first(
+        self, layer: Any, hidden_Td: torch.Tensor, offsets: torch.Tensor, padded: bool = False
+    ) -> torch.Tensor:
+        """States (B, d) of the first tokens after one more layer: one query a text.
+
+        Those of empty texts mean nothing, like that of the last text of a padded batch.
+        """
         each = torch.arange(len(offsets), device=offsets.device)
-        return self._run_layer(layer, hidden_Td.index_select(0, offsets[:-1]), hidden_Td, each, offsets)
+        # By an index, whose gradient asks a GPU for nothing; that of index_select asks for the largest row.
+        asking_Bd = hidden_Td[offsets[:-1].clamp(max=len(hidden_Td) - 1)]
+        return self._run_layer(layer, asking_Bd, hidden_Td, each, offsets, padded)
 
     def _run_layer(
         self,
@@ -123,6 +134,7 @@ class LayeredEncoder(nn.Module):
         hidden_Td: torch.Tensor,
         q_offsets: torch.Tensor,
         offsets: torch.Tensor,
+        padded: bool,
     ) -> torch.Tensor:
         attention = layer.attention.self
         context_Qd = attend_packed(
@@ -133,6 +145,7 @@ class LayeredEncoder(nn.Module):
             q_offsets,
             offsets,
             self.longest,
+            padded,
         )
         return layer.feed_forward_chunk(layer.attention.output(context_Qd, asking_Qd))
 

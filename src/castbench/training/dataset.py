@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from castbench import kernels
 from castbench.errors import InputError
 from castbench.graphs.packed import PackedGraphs
 from castbench.models.base import Network
-from castbench.models.batch import Batch, Sizes, different_texts
+from castbench.models.batch import ABSENT, Batch, Sizes, Texts, different_texts
 from castbench.provenance import sha256_file
 from castbench.text.states import PackedStates
 from castbench.text.tokens import PackedTokens
@@ -35,11 +36,15 @@ EDGES_PER_NODE = 10  # of a padded batch; of real crystals there are mostly more
 
 
 class Ragged:
-    """Arrays of one ragged shape: crystal g has the values offsets[g]:offsets[g + 1] of each."""
+    """Arrays of one ragged shape: crystal g has the values offsets[g]:offsets[g + 1] of each.
+
+    Behind the G crystals stands one that has none.
+    """
 
     def __init__(self, offsets: np.ndarray, device: torch.device, **arrays: np.ndarray):
         self.device = device
-        self.offsets = _tensor(offsets)  # on the host: sizes are known without waiting for a GPU
+        offsets = np.append(offsets, offsets[-1])
+        self.offsets = torch.from_numpy(offsets)  # on the host: sizes are known without waiting for a GPU
         self.counts = np.diff(offsets)
         self.arrays = {name: _place(_tensor(array), device) for name, array in arrays.items()}
 
@@ -120,6 +125,8 @@ class Crystals:
             packed_tokens = self._open_text(tokens, states, network)
             if network.text_mode == "lora":  # equal texts of a batch are encoded once
                 self.text_ids = torch.from_numpy(packed_tokens.text_ids())
+                # The more layers read a token, the fewer may pad, and the more sizes there are.
+                self.token_sizes = min(4 * (network.text.n_layers - network.text.start_layer), 16)
 
     def _open_text(self, tokens: Path, states: Path | None, network: Network) -> PackedTokens:
         packed = PackedTokens.open(tokens)
@@ -219,8 +226,14 @@ class Crystals:
 
     @property
     def pads(self) -> bool:
-        """Whether batches are padded: for a network that can, on a GPU that holds all they are made of."""
-        return self.takes_padded and _on_gpu(self.nodes, self.edges, self.tokens)
+        """Whether batches are padded: for a network that can, on a GPU that holds all they are made of.
+
+        And that has the kernels by which LoRA's texts attend, in any precision.
+        """
+        if not self.takes_padded or not _on_gpu(self.nodes, self.edges, self.tokens):
+            return False
+        kinds = () if self.text_ids is None else (torch.float32, torch.bfloat16)
+        return all(kernels.usable("attention", self.device, kind) for kind in kinds)
 
     @property
     def pads_graphs(self) -> bool:
@@ -249,17 +262,32 @@ class Crystals:
             batch.token_offsets = torch.cat([batch.token_offsets, batch.token_offsets[-1:]])
         return batch
 
-    def sizes(self, rows: Tensor) -> Sizes:
+    def texts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Where equal texts are encoded once, those of a padded batch of the crystals `rows` (B,); else none.
+
+        On the host: for each of B texts, the shorter ones first, a row that has it, and for each crystal its
+        text. Texts that are not needed are empty.
+        """
+        if self.text_ids is None or self.tokens is None:
+            return ()
+        texts = different_texts(self.tokens.own_offsets(rows), self.text_ids[rows])
+        empty = len(rows) - len(texts.first)
+        none = len(self.material_ids)
+        return functional.pad(rows[texts.first], (empty, 0), value=none), texts.of + empty
+
+    def sizes(self, rows: Tensor, *texts: Tensor) -> Sizes:
         """Sizes of a padded batch of the crystals `rows` (B,), on the host: few, since each is recorded.
 
-        Nodes are as many as go with the edges, or more.
+        Nodes are as many as go with the edges, or more. Of tokens of LoRA's `texts`, none have to pad.
         """
         found = {}
         if self.nodes is not None and self.edges is not None:
             nodes, edges = (int(ragged.lengths(rows).sum()) for ragged in (self.nodes, self.edges))
             found["edges"] = _above(max(edges, EDGES_PER_NODE * nodes))
             found["nodes"] = 8 * math.ceil((found["edges"] / EDGES_PER_NODE + 1) / 8)
-        if self.tokens is not None:
+        if self.tokens is not None and texts:
+            found["tokens"] = _from(int(self.tokens.lengths(texts[0]).sum()), self.token_sizes)
+        elif self.tokens is not None:
             lengths = self.tokens.lengths(rows)
             found["tokens"] = _above(int(lengths.sum()))
             found["most_tokens"] = 1 << int(lengths.max() - 1).bit_length()
@@ -274,16 +302,21 @@ class Crystals:
         offsets = self.nodes.offsets_there, self.edges.offsets_there
         return Graphs.of(*offsets, self.nodes.arrays, self.edges.arrays)
 
-    def padded(self, rows: Tensor, sizes: Sizes) -> Batch:
-        """The crystals `rows` (B,), given on the device, as a padded batch of those sizes."""
+    def padded(self, rows: Tensor, sizes: Sizes, *texts: Tensor) -> Batch:
+        """The crystals `rows` (B,) and their `texts`, given on the device, as a padded batch of `sizes`."""
         batch = Batch(n=len(rows), sizes=sizes)
         if self.nodes is not None:
             parts = padded_graphs(self._graphs, rows, sizes.nodes, sizes.edges)
             for name, part in parts.items():
                 setattr(batch, name, part)
         if self.tokens is not None:
-            held = self.tokens.offsets_there, self.tokens.arrays["token_states"]
-            batch.token_offsets, batch.token_states = padded_tokens(*held, rows, sizes.tokens)
+            ((name, held),) = self.tokens.arrays.items()
+            with_text = texts[0] if texts else rows
+            tokens = padded_tokens(self.tokens.offsets_there, held, with_text, sizes.tokens)
+            batch.token_offsets, values = tokens
+            setattr(batch, name, values.long() if name == "token_ids" else values)
+            if texts:
+                batch.texts = Texts(ABSENT, texts[1], sizes.tokens)
         if self.cls_states is not None:
             batch.cls_states = self._states_of_cls(rows)
         return batch
@@ -291,8 +324,13 @@ class Crystals:
 
 def _above(n: int) -> int:
     """The least of four numbers between each power of two and the next that is above `n`; from 32 on."""
-    step = max(1 << max((n + 1).bit_length() - 1, 0), 32) // 4
-    return math.ceil((n + 1) / step) * step
+    return _from(n + 1, 4)
+
+
+def _from(n: int, parts: int) -> int:
+    """The least of `parts` numbers between each power of two and the next from `n` on; see `_above`."""
+    step = max(1 << max(n.bit_length() - 1, 0), 32) // parts
+    return math.ceil(n / step) * step
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -111,12 +111,13 @@ class Regression(Objective):
 
     def padded_loss(self, network: nn.Module, rows: Tensor, step: int) -> Work:
         """See `Objective`."""
-        sizes = self.crystals.sizes(rows)
+        texts = self.crystals.texts(rows)
+        sizes = self.crystals.sizes(rows, *texts)
 
-        def loss(rows: Tensor) -> Tensor:
-            return self.loss_function(network(self.crystals.padded(rows, sizes)), self.targets[rows])
+        def loss(rows: Tensor, *texts: Tensor) -> Tensor:
+            return self.loss_function(network(self.crystals.padded(rows, sizes, *texts)), self.targets[rows])
 
-        return sizes, loss, (rows,)
+        return sizes, loss, (rows, *texts)
 
     def predict(self, network: nn.Module, rows: Tensor) -> np.ndarray:
         """Standardised predictions (n,) of `rows`, float32."""
@@ -198,8 +199,8 @@ def predict(
     """Standardised predictions (n,) of `rows`, float32; their last bits depend on who shares a batch."""
     found = torch.zeros(len(rows), device=crystals.device)
 
-    def outputs(rows: Tensor, sizes: Sizes) -> Tensor:
-        return network(crystals.padded(rows, sizes)).float()
+    def outputs(rows: Tensor, *texts: Tensor, sizes: Sizes) -> Tensor:
+        return network(crystals.padded(rows, sizes, *texts)).float()
 
     with torch.no_grad():
         for places in share.every(batches(torch.arange(len(rows)), batch_size)):
@@ -207,12 +208,13 @@ def predict(
             if not crystals.pads:
                 predicted = network(crystals.unpadded(chosen)).float()
             else:
-                sizes = crystals.sizes(chosen)
+                texts = crystals.texts(chosen)
+                sizes = crystals.sizes(chosen, *texts)
                 function = partial(outputs, sizes=sizes)
                 if recorder is None:
-                    predicted = function(chosen.to(crystals.device))
+                    predicted = function(*(part.to(crystals.device) for part in (chosen, *texts)))
                 else:
-                    predicted = recorder.run(("predict", sizes), function, chosen)
+                    predicted = recorder.run(("predict", sizes), function, chosen, *texts)
             found[places[0] : places[-1] + 1] = predicted
     return share.summed(found).cpu().numpy()
 

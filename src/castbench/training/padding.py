@@ -74,11 +74,11 @@ def padded_graphs(graphs: Graphs, rows: Tensor, nodes: int, edges: int) -> dict[
 
 
 def padded_tokens(offsets: Tensor, states: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Offsets (B + 2,) and states (size, d) of the tokens of the crystals `rows` (B,).
+    """Offsets (B + 2,) and states (size, d), or ids (size,), of the tokens of the crystals `rows` (B,).
 
     Args:
         offsets: (G + 1,) of all crystals.
-        states: (T, d) of all tokens.
+        states: (T, d) of all tokens, or ids (T,).
         rows: of the batch.
         size: tokens in all.
     """

@@ -109,28 +109,36 @@ def test_scores_far_below_zero_are_shared_all_the_same(device, drawn, dtype):
         assert one.isfinite().all() and (one - other).norm() < 0.1 * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pads", [0, 300])
 @pytest.mark.parametrize(("heads", "width"), [(2, 32), (1, 64), (4, 8)])
-def test_tokens_attend_to_those_of_their_text_alone(device, drawn, heads, width):
-    lengths, size = (1, 60, 128, 0, 200), heads * width
-    qkv = drawn(sum(lengths), 3 * size, dtype=torch.bfloat16).requires_grad_()
-    found = attend_own(qkv, offsets(lengths, device).int(), 256, heads)
-    wanted = exact(*qkv.chunk(3, 1), lengths, lengths, heads)
-    weights = drawn(*wanted.shape)
-    assert_near(found, wanted)
-    assert_near(*(gradients(outputs, qkv, weights)[0] for outputs in (found, wanted)))
+def test_tokens_attend_to_those_of_their_text_alone(device, drawn, heads, width, pads, dtype):
+    """What pads holds no numbers, and may be longer than a text, or nothing."""
+    lengths, size = (0, 1, 60, 128, 0, 200), heads * width
+    real = sum(lengths)
+    qkv = drawn(real + pads, 3 * size, dtype=dtype)
+    qkv[real:] = torch.nan
+    qkv.requires_grad_()
+    found = attend_own(qkv, offsets((*lengths, pads), device).int(), 256, heads)
+    wanted = exact(*qkv[:real].chunk(3, 1), lengths, lengths, heads)
+    weights = drawn(real + pads, size)
+    assert_near(found[:real], wanted)
+    own, other = (gradients(out, qkv, weights[: len(out)])[0] for out in (found, wanted))
+    assert_near(own[:real], other[:real])
+    assert not found[real:].any() and not own[real:].any()
 
 
 def test_an_operator_that_torch_compiles_for_any_number_of_tokens(device, drawn):
     torch.library.opcheck(
         torch.ops.castbench.attend_own.default,
-        (drawn(40, 96, dtype=torch.bfloat16).requires_grad_(), offsets((8, 32), device), 64, 2),
+        (drawn(40, 96, dtype=torch.bfloat16).requires_grad_(), offsets((8, 32, 0), device), 64, 2),
     )
     found = []
     compiled = torch.compile(
         lambda *parts: attend_own(*parts, 64, 2) * 2, backend="aot_eager", fullgraph=True
     )
     torch._dynamo.reset()
-    for lengths in ((8, 32), (5, 6, 40), (60,)):
+    for lengths in ((8, 32, 3), (5, 6, 40, 0), (60, 7)):
         qkv = drawn(sum(lengths), 96, dtype=torch.bfloat16)
         starts = offsets(lengths, device)
         for states in (qkv, starts):
@@ -186,7 +194,7 @@ def test_a_layer_of_an_encoder_is_that_of_torch(device, drawn, monkeypatch):
     ):
         monkeypatch.setattr(kernels, "usable", lambda *_, usable=usable: usable)
         monkeypatch.setattr(bert, "compiled_layer", compiled)
-        states = bert.run_fused([layer, layer], hidden, starts, 128)
+        states = bert.run_fused([layer, layer], hidden, starts, 128, padded=False)
         found.append([states, *gradients(states, hidden, weights)])
     for wanted, own in zip(*found, strict=True):
         assert (own - wanted).norm() < 0.02 * wanted.norm()

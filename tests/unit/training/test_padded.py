@@ -7,13 +7,18 @@ from lightning_fabric import Fabric
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interpreter
-from castbench.models import build_model, build_pretraining
+from castbench.models import bert, build_model, build_pretraining, text
 from castbench.models.batch import segments
+from castbench.text import encoders
 from castbench.training import dataset, loop
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import MaskedNode, Pretraining, Regression
 
 MODELS = ("structure_only", "crysmmnet_frozen", "cast_scratch")
+LORA = [
+    pytest.param(name, marks=pytest.mark.skipif(not interpreter.AVAILABLE, reason="its kernels need triton"))
+    for name in ("text_only", "crysmmnet_lora")
+]
 OBJECTIVES = {"masked_node": MaskedNode, "contrastive": Pretraining}
 ROWS = torch.tensor([3, 0, 11, 21, 30, 3, 8])
 
@@ -45,8 +50,8 @@ def padded(monkeypatch):
     monkeypatch.setattr(loop, "Recorder", Direct)
 
 
-def make(data, name):
-    """Network without dropout, crystals; "cast_lora" is CAST with LoRA's text."""
+def make(data, name, layers=1):
+    """Network without dropout, crystals; "cast_lora" is CAST with LoRA's text, on so many layers."""
     architecture = data.settings(name)["architecture"]
     architecture = architecture | {
         part: architecture[part] | {"dropout": 0.0} for part in ("concat", "cross_attention", "lora")
@@ -55,6 +60,7 @@ def make(data, name):
     if name == "cast_lora":
         name, caches = "cast_scratch", data.caches("text_only")
         architecture["cross_attention"] |= {"text": "lora"}
+    architecture["lora"]["layers"] = layers
     torch.manual_seed(0)
     build = build_pretraining if name in OBJECTIVES else build_model
     network = build(name, architecture, data.root / "encoder")
@@ -77,6 +83,31 @@ def test_predictions_and_gradients_are_those_of_the_crystals_alone(data, name, b
     see_the_same(network, crystals.padded(ROWS, crystals.sizes(ROWS)), crystals.batch(ROWS))
 
 
+@pytest.mark.parametrize(("layers", "fused"), [(1, False), ("all", False), ("all", True)])
+@pytest.mark.parametrize("name", LORA)
+def test_different_texts_of_a_padded_batch_are_read_as_those_of_the_crystals(
+    data, name, layers, fused, monkeypatch
+):
+    """With empty texts in front, and behind them nothing, one token, or more than a text has."""
+    network, crystals = make(data, name, layers)
+    with torch.no_grad():
+        for key, value in network.named_parameters():
+            value += 0.3 * torch.randn_like(value) if ".lora_" in key else 0.0
+    monkeypatch.setattr("castbench.kernels.usable", lambda kernel, *_: kernel in ("attention", "batches"))
+    monkeypatch.setattr(bert, "compiled_layer", bert.fused_layer)
+    same, without = torch.tensor([3, 5, 3, 3]), torch.tensor([11, 11])
+    for rows, pads in ((ROWS, 0), (ROWS, 100), (ROWS[:1], 1), (same, 0), (without, 1)):
+        texts = crystals.texts(rows)
+        sizes = crystals.sizes(rows, *texts)
+        tokens = int(crystals.tokens.lengths(texts[0]).sum())
+        assert tokens <= sizes.tokens < tokens + 16
+        batch = crystals.padded(rows, sizes._replace(tokens=tokens + pads), *texts)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoders, "is_fused", lambda hidden: fused)
+            found = outcome(network, batch)
+        see_close(network, found, outcome(network, crystals.batch(rows)))
+
+
 @pytest.mark.parametrize("name", ["structure_only", "crysmmnet_lora", "cast_lora"])
 def test_graphs_can_be_those_of_a_padded_batch_where_nothing_pads(data, name, by_kernels, monkeypatch):
     network, crystals = make(data, name)
@@ -90,13 +121,23 @@ def test_graphs_can_be_those_of_a_padded_batch_where_nothing_pads(data, name, by
 
 def see_the_same(network, batch, other):
     """Predictions and gradients of a network on two forms of the same crystals."""
-    weights = torch.randn(batch.n)
-    found, wanted = network(batch), network(other)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    gradients = [torch.autograd.grad((y * weights).sum(), parameters.values()) for y in (found, wanted)]
-    for parameter, one, other in zip(parameters, *gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=parameter)
+    see_close(network, outcome(network, batch), outcome(network, other))
+
+
+def outcome(network, batch):
+    """Predictions, and gradients of a sum of them."""
+    found, weights = network(batch), torch.arange(batch.n) + 0.5
+    return found, *torch.autograd.grad((found * weights).sum(), trained(network).values())
+
+
+def see_close(network, found, wanted):
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    for parameter, one, other in zip(trained(network), found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * (1 + other.abs().max()), msg=parameter)
+
+
+def trained(network):
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 def test_a_padded_batch_has_its_sizes_and_one_crystal_that_is_none(data):
@@ -137,6 +178,9 @@ def test_sizes_are_few_and_above_what_they_hold(data):
     assert [dataset._above(n) for n in (0, 7, 8, 31, 32, 39, 40, 1000, 1024)] == [
         8, 8, 16, 32, 40, 40, 48, 1024, 1280,
     ]  # fmt: skip
+    assert [dataset._from(n, 16) for n in (1, 31, 32, 33, 64, 65, 16384, 16385)] == [
+        2, 32, 32, 34, 64, 68, 16384, 17408,
+    ]  # fmt: skip
     found = {dataset._above(n) for n in range(1024, 2048)}
     assert len(found) == 4 and all(dataset._above(n) > n for n in range(3000))
     _, crystals = make(data, "structure_only")
@@ -145,7 +189,7 @@ def test_sizes_are_few_and_above_what_they_hold(data):
     assert len(every) <= 4
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES])
+@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES, *LORA])
 def test_training_takes_the_same_way(data, name, monkeypatch, request):
     histories = []
     for pads in (False, True):
@@ -161,9 +205,9 @@ def test_training_takes_the_same_way(data, name, monkeypatch, request):
     assert histories[0][0] == pytest.approx(histories[1][0], rel=1e-5)
 
 
-def trainer_of(data, name):
+def trainer_of(data, name, layers=1):
     """A trainer on the first 30 crystals, with the last for validation."""
-    network, crystals = make(data, name)
+    network, crystals = make(data, name, layers)
     rows, held_out = torch.tensor([r for r in range(30) if r != 7]), torch.arange(30, 40)
     settings = data.settings(name)
     training = settings["training"]
@@ -176,13 +220,17 @@ def trainer_of(data, name):
     )
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES])
-def test_nothing_in_a_step_waits_for_the_device(data, name, padded):
-    trainer = trainer_of(data, name)
+@pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES, *LORA])
+def test_nothing_in_a_step_waits_for_the_device(data, name, padded, monkeypatch):
+    trainer = trainer_of(data, name, layers="all")
     crystals = trainer.objective.crystals
     for ragged in (crystals.nodes, crystals.edges, crystals.tokens):
         assert ragged is None or ragged.offsets_there is not None  # made before anything is recorded
-    assert crystals._graphs
+    assert crystals.nodes is None or crystals._graphs
+    if crystals.text_ids is not None:
+        from castbench.kernels import attention
+
+        monkeypatch.setattr(attention, "Reader", lambda kv, *_: lambda q: q + kv.sum())
     _, function, inputs = trainer.objective.padded_loss(trainer.network, ROWS, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # values are not known: asking for one fails
         function(*map(mode.from_tensor, inputs)).backward()
@@ -190,9 +238,15 @@ def test_nothing_in_a_step_waits_for_the_device(data, name, padded):
             mode.from_tensor(ROWS).sum().item()
 
 
-def test_models_that_cannot_be_padded_are_not(data):
-    network, _ = make(data, "crysmmnet_frozen")
-    assert network.takes_padded
-    architecture = data.settings("text_only")["architecture"]
-    for name in ("text_only", "crysmmnet_lora"):
-        assert not build_model(name, architecture, data.root / "encoder").takes_padded
+def test_models_that_cannot_be_padded_are_not(data, monkeypatch):
+    assert make(data, "crysmmnet_frozen")[0].takes_padded
+    assert not make(data, "cast_lora")[0].takes_padded  # it reads all tokens
+    network, crystals = make(data, "crysmmnet_lora")
+    monkeypatch.setattr(dataset, "_on_gpu", lambda *_: True)
+    assert network.takes_padded and not crystals.pads  # without kernels
+    monkeypatch.setattr("castbench.kernels.usable", lambda name, device, kind: kind == torch.float32)
+    assert not crystals.pads
+    monkeypatch.setattr("castbench.kernels.usable", lambda *_: True)
+    assert crystals.pads
+    monkeypatch.setattr(text, "KERNEL_WIDTH", 3)
+    assert not network.takes_padded
