@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
 
 # Of outputs, of the gradients of queries, and of those of keys and values.
 OWN = (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))
-# Of few queries: these, keys of a warp at a time, warps and the depth of their loads; and keys of a program
-# that sums up their gradients.
+# Of few queries: these, keys of a warp at a time (in float32 half as many), warps and the depth of their loads;
+# and keys of a program that sums up their gradients.
 FEW = Tiles(16, 32, 4, 2)
 BLOCK = 64
 # Of products of few queries in float32: six of bfloat16 parts, which need fewer registers than TF32's three.
@@ -490,7 +490,7 @@ def _constants_of_few(q: Tensor, segments: Segments, heads: int) -> dict[str, An
         "WIDTH": width,
         "COLUMNS": max(triton.next_power_of_2(width), 16),
         "QUERIES": FEW.queries,
-        "KEYS": FEW.keys,
+        "KEYS": FEW.keys * 2 // q.dtype.itemsize,
         "WARPS": FEW.warps,
         "PRECISION": SIX,
         "num_warps": FEW.warps,
