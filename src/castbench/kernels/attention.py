@@ -2,8 +2,9 @@
 
 As FlashAttention-2 (Dao 2023): scores stay in registers, and a softmax is summed up over blocks of keys. A
 program has one head of a block of rows: of queries, whose outputs or gradients it sums over the segment's
-keys, or of keys, whose gradients it sums over its queries. So the gradient makes scores twice, but each row
-is written by one program, and nothing is added to what another wrote: the bits are always the same.
+keys, or of keys, whose gradients it sums over its queries. Where queries are few, a program's warps share the
+keys. So the gradient makes scores twice, but each row is written by one program, and nothing is added to what
+another wrote: the bits are always the same.
 
 Packed rows (rows, columns) have the heads side by side in their columns, and may be slices of wider ones.
 """
@@ -33,8 +34,8 @@ class Tiles(NamedTuple):
 # Of outputs, of the gradients of queries, and of those of keys and values.
 OWN = (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))
 SINGLE = (Tiles(64, 16, 4, 2), Tiles(16, 32, 4, 2), Tiles(32, 16, 8, 2))  # in float32, which fills registers
-# Of few queries: these, keys of a warp at a time, warps and the depth of their loads; and keys of a program
-# that sums up their gradients.
+# Of few queries: these, keys of a warp at a time (in float32 half as many), warps, and the depth of loads;
+# and keys of a program that sums up their gradients.
 FEW = Tiles(16, 32, 4, 2)
 BLOCK = 64
 # Of products of few queries in float32: six of bfloat16 parts, which need fewer registers than TF32's three.
@@ -491,7 +492,7 @@ def _constants_of_few(q: Tensor, segments: Segments, heads: int) -> dict[str, An
         "WIDTH": width,
         "COLUMNS": max(triton.next_power_of_2(width), 16),
         "QUERIES": FEW.queries,
-        "KEYS": FEW.keys,
+        "KEYS": FEW.keys * 2 // q.dtype.itemsize,
         "WARPS": FEW.warps,
         "PRECISION": SIX,
         "num_warps": FEW.warps,

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,13 @@ def test_dropout_and_odd_widths_take_the_plain_way(padded, make, calls):
         assert calls == []
         make(dropout=0.1).eval()(nodes, tokens, batch)
         assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("room", "parts", "chunk"),
+    [(227, 1, 128), (227, 3, 64), (163, 1, 128), (163, 3, 32), (99, 1, 64), (99, 3, 16)],
+)
+def test_as_many_columns_pass_through_as_a_gpu_has_room_for(monkeypatch, room, parts, chunk):
+    properties = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert fusion._chunk(128, parts, torch.device("cuda")) == chunk
