@@ -11,20 +11,40 @@ from castbench.models import build_model
 from castbench.training import loop
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import Regression
+from castbench.training.recorder import Recorder
 
+LORA = [  # model, precision, layers that LoRA adapts
+    ("text_only", "32-true", "all"),
+    ("text_only", "bf16-mixed", "all"),
+    ("crysmmnet_lora", "32-true", 1),
+    ("crysmmnet_lora", "bf16-mixed", 1),
+]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="recording takes a GPU")
 
 
-def trained(data, name, folder, steps, precision="32-true", recorded=True):
+class Unrecorded(Recorder):
+    """Runs what would be replayed."""
+
+    def record(self, key, function, *inputs):
+        self.graphs[key] = function
+
+    def replay(self, key, *inputs):
+        return self.graphs[key](*(value.to(self.device) for value in inputs))
+
+
+def trained(data, name, folder, steps, precision="32-true", layers=1, recorded=True):
     """Parameters after some steps from the state in `folder`, and the trainer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
-    network = build_model(name, data.settings(name)["architecture"], data.root / "encoder")
+    settings = data.settings(name, precision=precision)
+    architecture = settings["architecture"]
+    architecture = architecture | {"lora": architecture["lora"] | {"layers": layers}}
+    network = build_model(name, architecture, data.root / "encoder")
     fabric = Fabric(accelerator="cuda", devices=1, precision=precision)
     paths = {key: path for key, path in data.caches(name).items() if key != "encoder"}
     crystals = Crystals(network, **paths, device=fabric.device)
     rows = torch.tensor([row for row in range(30) if row != 7])
-    training = data.settings(name)["training"]
+    training = settings["training"]
     objective = Regression(crystals, np.linspace(-1, 1, 40), rows, torch.arange(30, 40), training)
     trainer = loop.Trainer(network, objective, training, 10, 0, fabric, folder, "key")
     if not recorded:
@@ -40,18 +60,16 @@ def trained(data, name, folder, steps, precision="32-true", recorded=True):
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        *product(("structure_only", "crysmmnet_frozen", "cast_scratch"), ("32-true", "bf16-mixed")),
-        ("crysmmnet_lora", "32-true"),  # flash attention takes no heads as narrow as the fixture's
-    ],
+    ("name", "precision", "layers"),
+    [*product(("structure_only", "crysmmnet_frozen", "cast_scratch"), ("32-true", "bf16-mixed"), [1]), *LORA],
 )
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(data, name, precision, tmp_path):
-    whole, _ = trained(data, name, tmp_path / "whole", 30, precision)
-    _, trainer = trained(data, name, tmp_path / "broken", 13, precision)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(data, name, precision, layers, tmp_path):
+    whole, _ = trained(data, name, tmp_path / "whole", 30, precision, layers)
+    _, trainer = trained(data, name, tmp_path / "broken", 13, precision, layers)
+    assert trainer.recorder is not None
     trainer.clock = trainer.saved = 0.0
     trainer.save()
-    resumed, _ = trained(data, name, tmp_path / "broken", 30, precision)
+    resumed, _ = trained(data, name, tmp_path / "broken", 30, precision, layers)
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
@@ -64,6 +82,33 @@ def test_recorded_steps_are_those_that_are_not(data, name, tmp_path):
         losses.append(trainer.run.losses.tolist())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "precision", "layers"), LORA)
+def test_replayed_steps_and_predictions_with_lora_are_those_of_the_operations(
+    data, name, precision, layers, tmp_path, monkeypatch
+):
+    """With dropout, whose random numbers are the same."""
+    losses, predicted, rows = [], [], torch.arange(30, 40)
+    for recorder in (Recorder, Unrecorded):
+        monkeypatch.setattr(loop, "Recorder", recorder)
+        _, trainer = trained(data, name, tmp_path, 4, precision, layers)  # an epoch
+        trainer.module.eval()
+        predicted.append(trainer.objective.predict(trainer.module, rows))
+        assert type(trainer.recorder) is recorder
+        losses.append(trainer.run.losses.tolist())
+    tolerance = 1e-3 if precision == "32-true" else 2e-2
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    np.testing.assert_allclose(*predicted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_first_recorded_loss_with_lora_is_that_of_unpadded_texts(data, tmp_path):
+    """In float32: flash attention takes no heads as narrow as the fixture's. At first, LoRA adds nothing."""
+    losses = []
+    for recorded in (True, False):
+        _, trainer = trained(data, "text_only", tmp_path, 1, layers="all", recorded=recorded)
+        losses.append(float(trainer.run.losses[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_recording_changes_nothing(data, tmp_path):
