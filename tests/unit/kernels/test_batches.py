@@ -62,3 +62,18 @@ def test_states_of_float32_are_copied_too(crystals, device):
     graphs, offsets, states = crystals
     rows = torch.tensor([7, 2, 39], device=device)
     batches.compare(graphs, offsets, states.float(), rows, *sizes(crystals, rows, 10))
+
+
+def test_ids_of_tokens_are_copied_too(crystals, device):
+    _, offsets, states = crystals
+    ids = (1000 * states[:, 0].float()).int()
+    offsets = torch.cat([offsets, offsets[-1:]])  # behind the crystals one without tokens
+    rows = torch.tensor([40, 40, 7, 2, 39], device=device)
+    for more in (0, 10):
+        size = int(offsets.diff()[rows].sum()) + more
+        for found, wanted in zip(
+            batches.tokens(offsets, ids, rows, size),
+            batches.plain_tokens(offsets, ids, rows, size),
+            strict=True,
+        ):
+            assert torch.equal(found, wanted)
