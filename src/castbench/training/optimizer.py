@@ -131,7 +131,7 @@ class FlatAdamW(torch.optim.AdamW):
         self._keep()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step on the gradients, shortened to the norm `longest`."""
         from castbench.kernels import adamw
 
@@ -146,6 +146,6 @@ class FlatAdamW(torch.optim.AdamW):
         self.counts += 1
         settings = self.param_groups[0]
         adamw.step(
-            self.flat["value"], torch.cat(gradients), *(self.flat[name] for name in MOMENTS), self.counts[0],
-            self.groups, self.rates, self.decays, settings["betas"], settings["eps"], self.longest,
+            self.flat["value"], torch.cat(gradients), self.flat["exp_avg"], self.flat["exp_avg_sq"],
+            self.counts[0], self.groups, self.rates, self.decays, settings["betas"], settings["eps"], self.longest,
         )  # fmt: skip
