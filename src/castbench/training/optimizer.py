@@ -84,7 +84,9 @@ class FlatAdamW(torch.optim.AdamW):
         self.longest: float | None = None
         device = self.param_groups[0]["params"][0].device
         self.pieces: list[nn.Parameter | int] = []  # parameters, and how many zeros stand between two
-        places, owners, end = [], [], 0
+        places: list[tuple[nn.Parameter, int]] = []
+        owners: list[int] = []  # group of each block
+        end = 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 places.append((p, end))
@@ -147,5 +149,6 @@ class FlatAdamW(torch.optim.AdamW):
         settings = self.param_groups[0]
         adamw.step(
             self.flat["value"], torch.cat(gradients), self.flat["exp_avg"], self.flat["exp_avg_sq"],
-            self.counts[0], self.groups, self.rates, self.decays, settings["betas"], settings["eps"], self.longest,
+            self.counts[0], self.groups, self.rates, self.decays, settings["betas"], settings["eps"],
+            self.longest,
         )  # fmt: skip
