@@ -16,7 +16,7 @@ def mend():
     """Let it multiply and round bfloat16, of which it takes the bits, and take arrays as bounds of loops.
 
     And let it run Triton's own functions where they were defined before, as torch's compiler has them, and
-    take products of float32 by six of bfloat16 for float32 ones.
+    take products of float32 by three of bfloat16 for float32 ones.
     """
     from triton import language as tl
     from triton.runtime import interpreter
@@ -45,7 +45,7 @@ def mend():
         return multiply(self, a, b, *rest)
 
     builder = interpreter.interpreter_builder
-    precisions = (*builder.options.allowed_dot_input_precisions, "bf16x6")
+    precisions = (*builder.options.allowed_dot_input_precisions, "bf16x3")
     builder.options = replace(builder.options, allowed_dot_input_precisions=precisions)
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._convert_float = convert_float

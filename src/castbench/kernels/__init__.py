@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,3 +52,9 @@ def compare(found: Iterable[Tensor], wanted: Iterable[Tensor], kind: torch.dtype
         error = float((one - other).norm() / other.norm())
         if not error < LARGEST_ERROR[kind]:
             raise RuntimeError(f"result {place} is off by {error:.1g} of its size")
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a multiprocessor of a GPU."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin

@@ -34,12 +34,11 @@ class Tiles(NamedTuple):
 # Of outputs, of the gradients of queries, and of those of keys and values.
 OWN = (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))
 SINGLE = (Tiles(64, 16, 4, 2), Tiles(16, 32, 4, 2), Tiles(32, 16, 8, 2))  # in float32, which fills registers
-# Of few queries: these, keys of a warp at a time (in float32 half as many), warps, and the depth of loads;
-# and keys of a program that sums up their gradients.
-FEW = Tiles(16, 32, 4, 2)
+# Of few queries: these, keys of a warp at a time, warps and the depth of loads; and keys of a program that
+# sums up their gradients. In float32 their products are three of bfloat16 parts, exact to 2^-16.
+FEW, FEW_SINGLE = Tiles(16, 32, 2, 2), Tiles(16, 16, 4, 2)
 BLOCK = 64
-# Of products of few queries in float32: six of bfloat16 parts, which need fewer registers than TF32's three.
-SIX = "bf16x6"
+PARTS = "bf16x3"
 
 
 @triton.jit
@@ -486,17 +485,17 @@ def _columns(kv: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
 
 def _constants_of_few(q: Tensor, segments: Segments, heads: int) -> dict[str, Any]:
     """What the kernels of few queries are compiled for."""
-    width = q.shape[1] // heads
+    width, tiles = q.shape[1] // heads, FEW_SINGLE if q.dtype == torch.float32 else FEW
     return {
         "PADDED": segments.padded,
         "WIDTH": width,
         "COLUMNS": max(triton.next_power_of_2(width), 16),
-        "QUERIES": FEW.queries,
-        "KEYS": FEW.keys * 2 // q.dtype.itemsize,
-        "WARPS": FEW.warps,
-        "PRECISION": SIX,
-        "num_warps": FEW.warps,
-        "num_stages": FEW.stages,
+        "QUERIES": tiles.queries,
+        "KEYS": tiles.keys,
+        "WARPS": tiles.warps,
+        "PRECISION": PARTS,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
     }
 
 

@@ -20,21 +20,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from castbench.kernels import compare
+from castbench.kernels import compare, shared_memory
 from castbench.kernels.parts import parts_of, split
 
 PROGRAMS = 264  # at most, that share the sums for weights of a kind: two for a multiprocessor of an H100
 # TILE: edges or nodes of a program, or of one of the sums for the weights. TOGETHER: edges of a node that are
 # read at once.
-OF_NODES = {"TILE": 16, "TOGETHER": 8, "num_warps": 8, "num_stages": 2}
+OF_NODES = {"TILE": 16, "TOGETHER": 4, "num_warps": 8, "num_stages": 2}
 OF_EDGES = {
-    torch.float32: {"TILE": 64, "num_warps": 8, "num_stages": 1},
-    torch.bfloat16: {"TILE": 64, "num_warps": 8, "num_stages": 2},
+    torch.float32: {"TILE": 32, "num_warps": 8, "num_stages": 2},
+    torch.bfloat16: {"TILE": 32, "num_warps": 8, "num_stages": 2},
 }
 OF_WEIGHTS = {
-    torch.float32: {"TILE": 32, "num_warps": 8, "num_stages": 3},
+    torch.float32: {"TILE": 64, "num_warps": 8, "num_stages": 3},
     torch.bfloat16: {"TILE": 64, "num_warps": 8, "num_stages": 3},
 }
+DEEP = 184_320  # bytes that three stages of these take in float32
 for settings in (OF_EDGES, OF_WEIGHTS):
     settings[torch.float16] = settings[torch.bfloat16]
 
@@ -381,6 +382,8 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients (P, *shape) and (P, shape[0]) of matrices and biases of P linear layers; see `_products`."""
     (d, c), settings = shape, OF_WEIGHTS[left.dtype]
+    if left.is_cuda and shared_memory(left.device) < DEEP:
+        settings = settings | {"num_stages": 2}
     chunk = min(128, d)
     splits = max(min(PROGRAMS * chunk // (problems * d), *_tiles(rows, settings)), 1)
     parts = left.new_empty(problems, splits, d * c + d, dtype=torch.float32)

@@ -4,7 +4,7 @@ Between the attention of one layer and that of the next, rows (nodes) have nothi
 program takes ROWS of them through all of it: output product, feed-forward block, the next layer's norm and
 query. Weights pass through a program in chunks, and the inner activation never leaves it. States are
 float32, norms and GELU too; products have factors of the type of autocast and float32 sums, and float32
-factors are taken as parts (see `parts`), of weights once a step.
+factors are taken as two parts (see `parts`), exact to 2^-16, of weights once a step.
 
 The way back recomputes the inner activation and leaves, for each layer, the factors of the gradients of its
 weights: these, sums over all nodes, are taken for all layers in one kernel at the end. No sum's order varies.
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from castbench.kernels import compare
+from castbench.kernels import compare, shared_memory
 from castbench.kernels.parts import (
     dot_parts,
     load_parts,
@@ -41,11 +41,11 @@ from castbench.kernels.parts import (
 )
 
 ROWS = 16  # of a program: the fewest that matrix units take, since there are few nodes
-PARTS = 3  # of a number in float32
-CHUNK = {1: 128, 2: 64, 3: 64}  # by parts of a number: columns of the weights that pass through at most
+PARTS = 2  # of a number in float32
+CHUNK = {1: 128, 2: 64}  # by parts of a number: columns of the weights that pass through at most
 WARPS, STAGES = 8, 3
 SIDE, STEP = 64, 64  # of a program's square of a weight's gradient; rows that it adds at a time
-DEPTH = {1: 3, 2: 3, 3: 2}  # by parts: stages of these, so that a processor has room for two programs
+DEPTH = 3  # stages of these
 WIDEST = 128  # state that a program can hold
 
 
@@ -289,8 +289,7 @@ def _chunk(d: int, parts: int, device: torch.device) -> int:
     """Columns of the weights that pass through at a time, of two matrices, while the next are loaded."""
     chunk = CHUNK[parts]
     if device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)
-        room = properties.shared_memory_per_block_optin
+        room = shared_memory(device)
         while chunk > 16 and 8 * d * chunk * parts + 8704 * (parts + 1) > room:  # and what is no weight
             chunk //= 2
     return chunk
@@ -312,7 +311,7 @@ class _Step:
         self.common = sizes | {"ROWS": ROWS, "EPS": layer.norm.eps, "CHUNK_A": min(chunk, a)}
         self.common |= {"num_warps": WARPS, "num_stages": STAGES}
         self.wide = {"CHUNK_F": min(chunk, f)}
-        self.squares = sizes | {"SIDE": min(SIDE, a, d, f), "STEP": STEP, "num_stages": DEPTH[parts]}
+        self.squares = sizes | {"SIDE": min(SIDE, a, d, f), "STEP": STEP, "num_stages": DEPTH}
         self.factors: Any = None
         self.sums: Any = None
 

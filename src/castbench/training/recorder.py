@@ -26,6 +26,8 @@ class Recorder:
         self.device, self.state = device, state
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self.pool: Any = None  # of memory, which all graphs share: they run one after another
+        # What runs beside this stream's work (models/streams.py) gives way to it.
+        self.stream = torch.cuda.Stream(device, priority=-1)
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The function's value, recorded where `key` is new."""
@@ -51,7 +53,7 @@ class Recorder:
                     value.copy_(before)
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             found = function(*places)
         self.pool = graph.pool()
         self.graphs[key] = graph, places, found

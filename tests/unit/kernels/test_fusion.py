@@ -83,7 +83,7 @@ def test_fusion_is_the_same_with_kernels(padded, make, calls, monkeypatch, devic
     for name, plain, fused in zip(names, *found, strict=True):
         if "key.bias" in name:  # the softmax takes it away: rounding alone
             continue
-        limit = {"32-true": 1e-5, "bf16-mixed": 0.05}[precision]
+        limit = {"32-true": 2**-15, "bf16-mixed": 0.05}[precision]
         assert (plain - fused).norm() <= limit * plain.norm(), name
 
 
@@ -118,7 +118,7 @@ def test_dropout_and_odd_widths_take_the_plain_way(padded, make, calls):
 
 @pytest.mark.parametrize(
     ("room", "parts", "chunk"),
-    [(227, 1, 128), (227, 3, 64), (163, 1, 128), (163, 3, 32), (99, 1, 64), (99, 3, 16)],
+    [(227, 1, 128), (227, 2, 64), (163, 1, 128), (163, 2, 64), (99, 1, 64), (99, 2, 32)],
 )
 def test_as_many_columns_pass_through_as_a_gpu_has_room_for(monkeypatch, room, parts, chunk):
     properties = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
