@@ -24,7 +24,7 @@ def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
         functional.cross_entropy(similarity, partner) + functional.cross_entropy(similarity.T, partner)
     ) / 2
     hits = (similarity.argmax(dim=1) == partner).sum() + (similarity.argmax(dim=0) == partner).sum()
-    return Outcome(loss, hits / 2, partner.new_tensor(len(a)))
+    return Outcome(loss, hits / 2, partner.new_full((), len(a)))
 
 
 class ContrastivePretraining(Network):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import interpreter
 from castbench.models import bert, build_model, build_pretraining, text
@@ -220,6 +221,14 @@ def trainer_of(data, name, layers=1):
     )
 
 
+class OnDevice(TorchDispatchMode):
+    """Refuses values from the host, which a graph cannot take."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "lift_fresh" not in str(func), "a value comes from the host"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", [*MODELS, *OBJECTIVES, *LORA])
 def test_nothing_in_a_step_waits_for_the_device(data, name, padded, monkeypatch):
     trainer = trainer_of(data, name, layers="all")
@@ -233,7 +242,10 @@ def test_nothing_in_a_step_waits_for_the_device(data, name, padded, monkeypatch)
         monkeypatch.setattr(attention, "Reader", lambda kv, *_: lambda q: q + kv.sum())
     _, function, inputs = trainer.objective.padded_loss(trainer.network, ROWS, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # values are not known: asking for one fails
-        function(*map(mode.from_tensor, inputs)).backward()
+        with OnDevice():
+            function(*map(mode.from_tensor, inputs)).backward()
+            with pytest.raises(AssertionError, match="from the host"):
+                ROWS.new_tensor(3)
         with pytest.raises(Exception, match="local_scalar_dense"):
             mode.from_tensor(ROWS).sum().item()
 
