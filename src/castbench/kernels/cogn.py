@@ -1,13 +1,15 @@
 """All message rounds of coGN on a padded batch: a kernel for the edges and one for the nodes, each way.
 
-The functions are those of `models/cogn.py`. A tile of edges or nodes goes through all layers in one program.
+The functions are those of `models/cogn.py`. A tile of edges or nodes goes through all layers in one program,
+its rows in registers from one to the next; weights pass through shared memory, the next while the last are in
+use. Float32 factors are taken as three bfloat16 parts (see `parts`), of weights split once a step, with
+float32 sums.
+
 For the backward pass the inputs of the activations are kept. Gradients of the weights are sums over edges or
 nodes: parts of them, each by a program of its own, which are added up at the end. Every sum is taken in a
 fixed order.
 
 N nodes, E edges, R rounds, L layers of the message network behind its first, K basis functions, D the width.
-The kernels take the width also as `width`, a number known when they run: so loops over columns remain loops,
-a step of which can be loaded while the one before is computed.
 """
 
 from __future__ import annotations
@@ -24,20 +26,11 @@ from castbench.kernels import compare, shared_memory
 from castbench.kernels.parts import parts_of, split
 
 PROGRAMS = 264  # at most, that share the sums for weights of a kind: two for a multiprocessor of an H100
-# TILE: edges or nodes of a program, or of one of the sums for the weights. TOGETHER: edges of a node that are
-# read at once.
+# TILE: edges or nodes of a program, or of one step of a sum. TOGETHER: edges of a node that are read at once.
 OF_NODES = {"TILE": 16, "TOGETHER": 4, "num_warps": 8, "num_stages": 2}
-OF_EDGES = {
-    torch.float32: {"TILE": 32, "num_warps": 8, "num_stages": 2},
-    torch.bfloat16: {"TILE": 32, "num_warps": 8, "num_stages": 2},
-}
-OF_WEIGHTS = {
-    torch.float32: {"TILE": 64, "num_warps": 8, "num_stages": 3},
-    torch.bfloat16: {"TILE": 64, "num_warps": 8, "num_stages": 3},
-}
+OF_EDGES = {"TILE": 32, "num_warps": 8, "num_stages": 2}
+OF_WEIGHTS = {"TILE": 64, "num_warps": 8, "num_stages": 3}
 DEEP = 184_320  # bytes that three stages of these take in float32
-for settings in (OF_EDGES, OF_WEIGHTS):
-    settings[torch.float16] = settings[torch.bfloat16]
 
 
 @triton.jit
@@ -318,9 +311,9 @@ class Rounds(torch.autograd.Function):
                 D=d, RECEIVES=r > 0, PROJECTS=r < rounds, **step, **OF_NODES,
             )  # fmt: skip
             if r < rounds:
-                _edges_forward[_tiles(n_edges, OF_EDGES[kind])](
+                _edges_forward[_tiles(n_edges, OF_EDGES)](
                     basis, source, target, projected, entry[0, r], own_hidden[0, r], biases[r, 1:], inputs[r],
-                    n_edges, K=k, D=d, L=layers, **step, **OF_EDGES[kind],
+                    n_edges, K=k, D=d, L=layers, **step, **OF_EDGES,
                 )  # fmt: skip
         ctx.save_for_backward(
             basis, m, target, starts, order, source_starts, edge_input, first, own_first, own_hidden,
@@ -336,7 +329,7 @@ class Rounds(torch.autograd.Function):
             basis, m, target, starts, order, source_starts, edge_input, first, own_first, own_hidden,
             own_update, every_state, inputs, received, updates,
         ) = ctx.saved_tensors  # fmt: skip
-        (parts, rounds, layers, d), kind = own_hidden.shape[:4], basis.dtype
+        parts, rounds, layers, d = own_hidden.shape[:4]
         step = {"STEP": own_hidden.stride(0), "PARTS": parts}
         (n_edges, k), n_nodes = basis.shape, every_state.shape[1]
         of_state = gradients[0].float().contiguous()
@@ -352,9 +345,9 @@ class Rounds(torch.autograd.Function):
             )  # fmt: skip
             of_state = of_earlier
             if r > 0:
-                _edges_backward[_tiles(n_edges, OF_EDGES[kind])](
+                _edges_backward[_tiles(n_edges, OF_EDGES)](
                     inputs[before], of_received, target, m, own_hidden[0, before], of_inputs[before],
-                    n_edges, D=d, L=layers, **step, **OF_EDGES[kind],
+                    n_edges, D=d, L=layers, **step, **OF_EDGES,
                 )  # fmt: skip
         of_hidden, of_hidden_bias = _weight_gradients(
             of_inputs, inputs, n_edges, (d, d), rounds * layers, active=True,
@@ -381,7 +374,7 @@ def _weight_gradients(
     GROUP: int = 1, LEFT: int = 1, LEFT_FIRST: int = 0, RIGHT: int = 1, RIGHT_STEP: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients (P, *shape) and (P, shape[0]) of matrices and biases of P linear layers; see `_products`."""
-    (d, c), settings = shape, OF_WEIGHTS[left.dtype]
+    (d, c), settings = shape, OF_WEIGHTS
     if left.is_cuda and shared_memory(left.device) < DEEP:
         settings = settings | {"num_stages": 2}
     chunk = min(128, d)
