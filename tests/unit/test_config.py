@@ -36,10 +36,14 @@ def properties(schema: dict, path: str = ""):
         yield from properties(value, f"{path}{key}.")
 
 
-@pytest.mark.parametrize("preset", [None, "smoke", "paper", "perovskite", "matbench"])
-def test_presets_fit_the_schema(root: Path, schema: dict, config: dict, preset: str | None):
-    if preset:
-        config = merged(config, yaml.safe_load((root / f"workflow/presets/{preset}.yaml").read_text()))
+@pytest.mark.parametrize(
+    "overlay",
+    [None, *(f"presets/{preset}" for preset in ("smoke", "paper", "perovskite", "matbench")),
+     "resources/reference_runs/elastic4/config"],
+)  # fmt: skip
+def test_overlays_fit_the_schema(root: Path, schema: dict, config: dict, overlay: str | None):
+    if overlay:
+        config = merged(config, yaml.safe_load((root / f"workflow/{overlay}.yaml").read_text()))
     jsonschema.validate(config, schema)
     meaning.check(config)
 

@@ -629,16 +629,16 @@ def check(device: torch.device, kind: torch.dtype) -> None:
         )
         compare(ours, wanted, kind)
 
-    nodes, tokens, width = (5, 0, 16, 37, 21), (200, 9, 1, 128, 300), 32
+    nodes, tokens, width = (5, 0, 16, 37, 21), (100, 9, 1, 64, 150), 32
     q_offsets, k_offsets = (
         functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device) for lengths in (nodes, tokens)
     )
-    segments = Segments(q_offsets, k_offsets, 64, 256, True)
+    segments = Segments(q_offsets, k_offsets, 64, 128, True)
     q, kv = drawn(sum(nodes), width), drawn(sum(tokens), 2 * width)
     see(Reader(kv, segments, 2)(q), _explicit(q, *_columns(kv, 0, width), segments, 2), q, kv)
-    qkv, segments = drawn(sum(tokens), 3 * 128), Segments(k_offsets, k_offsets, 300, 300, True)
+    qkv, segments = drawn(sum(tokens), 3 * 128), Segments(k_offsets, k_offsets, 128, 128, True)
     q, k, v = qkv.chunk(3, dim=1)
-    see(attend_own(qkv, k_offsets, 300, 2), _explicit(q, k, v, segments, 2), qkv)
+    see(attend_own(qkv, k_offsets, 128, 2), _explicit(q, k, v, segments, 2), qkv)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, segments: Segments, heads: int) -> Tensor:

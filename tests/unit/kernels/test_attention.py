@@ -110,16 +110,16 @@ def test_scores_far_below_zero_are_shared_all_the_same(device, drawn, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pads", [0, 300])
-@pytest.mark.parametrize(("heads", "width"), [(2, 32), (1, 64), (4, 8)])
+@pytest.mark.parametrize("pads", [0, 150])
+@pytest.mark.parametrize(("heads", "width"), [(2, 32), (1, 64), (2, 8)])
 def test_tokens_attend_to_those_of_their_text_alone(device, drawn, heads, width, pads, dtype):
     """What pads holds no numbers, and may be longer than a text, or nothing."""
-    lengths, size = (0, 1, 60, 128, 0, 200), heads * width
+    lengths, size = (0, 1, 30, 64, 0, 100), heads * width
     real = sum(lengths)
     qkv = drawn(real + pads, 3 * size, dtype=dtype)
     qkv[real:] = torch.nan
     qkv.requires_grad_()
-    found = attend_own(qkv, offsets((*lengths, pads), device).int(), 256, heads)
+    found = attend_own(qkv, offsets((*lengths, pads), device).int(), 128, heads)
     wanted = exact(*qkv[:real].chunk(3, 1), lengths, lengths, heads)
     weights = drawn(real + pads, size)
     assert_near(found[:real], wanted)
