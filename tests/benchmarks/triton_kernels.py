@@ -97,7 +97,7 @@ def families(inputs: Path, encoder: Path, device: torch.device, kind: torch.dtyp
 
 def own_attention(device: torch.device) -> tuple[Work, Work]:
     """LoRA's attention by the kernels, and flash attention."""
-    from castbench.kernels.attention import attend_own
+    from castbench.kernels.self_attention import attend_own
 
     qkv = torch.randn(64 * 512, 3 * 768, device=device, dtype=torch.bfloat16, requires_grad=True)
     offsets = (torch.arange(65, device=device) * 512).int()
@@ -128,7 +128,7 @@ def main() -> None:
             write_text(inputs / "elastic4", encoder)
         ratios = []
         every = {name: (work, work) for name, work in families(inputs, encoder, device, kind).items()}
-        if kernels.usable("attention", device, torch.bfloat16):
+        if kernels.usable("self_attention", device, torch.bfloat16):
             every["attention of a text's own tokens, against flash attention"] = own_attention(device)
         for name, (work, other) in every.items():
             ours = milliseconds(work, device)
@@ -136,7 +136,7 @@ def main() -> None:
                 plain = milliseconds(other, device)
             ratios.append(plain / ours)
             print(f"{name:60} {ours:7.3f} ms, {plain:7.3f} ms by operations, ratio {plain / ours:.2f}")
-    files = ("batches", "cogn", "readout", "attention", "fusion", "projection")
+    files = ("batches", "cogn", "readout", "cross_attention", "self_attention", "fusion", "projection")
     print("kernels in use:", *(name for name in files if kernels.usable(name, device, kind)))
     mean = float(np.exp(np.mean(np.log(ratios))))
     print(f"ratio {mean:.2f} (geometric mean, {options.precision}, against torch operations, recorded)")

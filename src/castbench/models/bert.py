@@ -39,8 +39,8 @@ def run_fused(layers: list[Any], hidden_Td: Tensor, offsets: Tensor, longest: in
     """
     offsets = offsets.int()
     hidden_Td, attend = hidden_Td.to(product_type(hidden_Td)), flash
-    if layers and has_kernels(hidden_Td, layers[0].attention.self.attention_head_size):
-        from castbench.kernels.attention import attend_own
+    if layers and has_kernels("self_attention", hidden_Td, layers[0].attention.self.attention_head_size):
+        from castbench.kernels.self_attention import attend_own
 
         attend = attend_own
         if not padded:

@@ -148,12 +148,11 @@ class Fusion(nn.ModuleList):
 
     def _reader(self, kv_TC: Tensor, batch: Batch, sizes: Sizes) -> Callable[[Tensor], Tensor]:
         """A function that, called once a layer, tells what its packed queries (N, width) attend to."""
-        if has_kernels(kv_TC, self.width // self.heads):
-            from castbench.kernels.attention import Reader, Segments
+        if has_kernels("cross_attention", kv_TC, self.width // self.heads):
+            from castbench.kernels.cross_attention import Reader, Segments
 
-            most = (sizes.most_nodes, sizes.most_tokens)
-            segments = Segments(batch.node_offsets, batch.token_offsets, *most, padded=True)
-            return Reader(kv_TC, segments, self.heads)
+            most = sizes.most_nodes, sizes.most_tokens
+            return Reader(kv_TC, Segments(batch.node_offsets, batch.token_offsets, *most), self.heads)
         nodes = Block(batch.node_offsets, sizes.nodes, sizes.most_nodes)
         tokens = Block(batch.token_offsets, sizes.tokens, sizes.most_tokens)
         each_BTD = iter(self._each(tokens.padded(kv_TC)))

@@ -29,9 +29,9 @@ def product_type(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-def has_kernels(states: Tensor, width: int) -> bool:
-    """Whether such states, in heads of a width, attend by the kernels."""
-    return width <= KERNEL_WIDTH and kernels.usable("attention", states.device, states.dtype)
+def has_kernels(name: str, states: Tensor, width: int) -> bool:
+    """Whether such states, in heads of a width, attend by the kernels of file `name`."""
+    return width <= KERNEL_WIDTH and kernels.usable(name, states.device, states.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -69,11 +69,12 @@ def attend_packed(
     length.
     """
     if padded:
-        from castbench.kernels.attention import Reader, Segments, attend_own
+        from castbench.kernels.cross_attention import Reader, Segments
+        from castbench.kernels.self_attention import attend_own
 
         if q_offsets is k_offsets:
             return attend_own(torch.cat([q, k, v], dim=1), k_offsets, longest, heads)
-        segments = Segments(q_offsets, k_offsets, 1, longest, padded=True)
+        segments = Segments(q_offsets, k_offsets, 1, longest)
         return Reader(torch.cat([k, v], dim=1), segments, heads)(q)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
     if has_variable_length(q):

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -232,8 +233,10 @@ class Crystals:
         """
         if not self.takes_padded or not _on_gpu(self.nodes, self.edges, self.tokens):
             return False
-        kinds = () if self.text_ids is None else (torch.float32, torch.bfloat16)
-        return all(kernels.usable("attention", self.device, kind) for kind in kinds)
+        if self.text_ids is None:
+            return True
+        names, kinds = ("self_attention", "cross_attention"), (torch.float32, torch.bfloat16)
+        return all(kernels.usable(*each) for each in product(names, (self.device,), kinds))
 
     @property
     def pads_graphs(self) -> bool:

@@ -5,8 +5,9 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from castbench import kernels
-from castbench.kernels import attention
-from castbench.kernels.attention import Reader, Segments, attend_own
+from castbench.kernels import cross_attention, segments, self_attention
+from castbench.kernels.cross_attention import Reader, Segments
+from castbench.kernels.self_attention import attend_own
 from castbench.models import bert
 from castbench.models.batch import Batch, Sizes
 from castbench.models.cross_attention import Fusion
@@ -47,7 +48,7 @@ def drawn(device):
     return draw
 
 
-NODES, TOKENS = (5, 0, 16, 1, 18), (7, 40, 128, 0, 150)
+NODES, TOKENS = (5, 0, 16, 1, 18, 0), (7, 40, 128, 0, 150, 0)  # the last ones pad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,7 +56,7 @@ NODES, TOKENS = (5, 0, 16, 1, 18), (7, 40, 128, 0, 150)
 def test_nodes_attend_to_the_tokens_of_their_crystal_alone(device, drawn, dtype, heads, width):
     """Through two layers, whose keys and values have one gradient; the crystal with no tokens finds 0."""
     size = heads * width
-    segments = Segments(offsets(NODES, device), offsets(TOKENS, device), 32, 160, padded=False)
+    segments = Segments(offsets(NODES, device), offsets(TOKENS, device), 32, 160)
     q = drawn(sum(NODES), size, dtype=dtype).requires_grad_()
     kv = drawn(sum(TOKENS), 4 * size, dtype=dtype).requires_grad_()
     weights = drawn(sum(NODES), size)
@@ -81,7 +82,7 @@ def test_what_pads_finds_nothing_and_changes_nothing(device, drawn, dtype):
     q[20:], kv[159:] = torch.nan, torch.nan
     q.requires_grad_()
     kv.requires_grad_()
-    segments = Segments(offsets(nodes, device), offsets(tokens, device), 32, 256, padded=True)
+    segments = Segments(offsets(nodes, device), offsets(tokens, device), 32, 256)
     found = Reader(kv, segments, heads)(q)
     wanted = exact(q[:20], *kv[:159].chunk(2, 1), nodes[:2], tokens[:2], heads)
     weights = drawn(sum(nodes), size)
@@ -100,7 +101,7 @@ def test_scores_far_below_zero_are_shared_all_the_same(device, drawn, dtype):
     q, kv[:, :16] = q.abs() + 6, -kv[:, :16].abs() - 6
     q.requires_grad_()
     kv.requires_grad_()
-    segments = Segments(offsets([4], device), offsets([20], device), 16, 32, padded=False)
+    segments = Segments(offsets([4, 0], device), offsets([20, 0], device), 16, 32)
     found = Reader(kv, segments, 1)(q)
     wanted = exact(q, *kv.chunk(2, 1), (4,), (20,), 1)
     weights = drawn(4, 16)
@@ -201,8 +202,9 @@ def test_a_layer_of_an_encoder_is_that_of_torch(device, drawn, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_check_raises_where_a_kernel_errs(device, monkeypatch, kind):
-    attention.check(device, kind)
-    monkeypatch.setattr(attention, "LOG2E", 1.2)
+@pytest.mark.parametrize("kernels_of", [cross_attention, self_attention])
+def test_the_check_raises_where_a_kernel_errs(device, monkeypatch, kernels_of, kind):
+    kernels_of.check(device, kind)
+    monkeypatch.setattr(segments, "LOG2E", 1.2)
     with pytest.raises(RuntimeError, match="is off by"):
-        attention.check(device, kind)
+        kernels_of.check(device, kind)

@@ -61,7 +61,7 @@ def make(device):
 def calls(monkeypatch):
     """Kernels are used on a CPU too; their calls are counted."""
     calls, fuse = [], fusion.fuse
-    monkeypatch.setattr(kernels, "usable", lambda name, *_: name != "attention")
+    monkeypatch.setattr(kernels, "usable", lambda name, *_: name != "cross_attention")
     monkeypatch.setattr(fusion, "fuse", lambda *args: (calls.append(1), fuse(*args))[1])
     return calls
 
@@ -70,7 +70,7 @@ def calls(monkeypatch):
 def test_fusion_is_the_same_with_kernels(padded, make, calls, monkeypatch, device, precision):
     nodes, tokens, batch = padded
     network, found = make(), []
-    for usable in (lambda *_: False, lambda name, *_: name != "attention"):
+    for usable in (lambda *_: False, lambda name, *_: name != "cross_attention"):
         monkeypatch.setattr(kernels, "usable", usable)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             value = network(nodes, tokens, batch)

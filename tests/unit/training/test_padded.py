@@ -94,7 +94,8 @@ def test_different_texts_of_a_padded_batch_are_read_as_those_of_the_crystals(
     with torch.no_grad():
         for key, value in network.named_parameters():
             value += 0.3 * torch.randn_like(value) if ".lora_" in key else 0.0
-    monkeypatch.setattr("castbench.kernels.usable", lambda kernel, *_: kernel in ("attention", "batches"))
+    kernels = ("batches", "cross_attention", "self_attention")
+    monkeypatch.setattr("castbench.kernels.usable", lambda kernel, *_: kernel in kernels)
     monkeypatch.setattr(bert, "compiled_layer", bert.fused_layer)
     same, without = torch.tensor([3, 5, 3, 3]), torch.tensor([11, 11])
     for rows, pads in ((ROWS, 0), (ROWS, 100), (ROWS[:1], 1), (same, 0), (without, 1)):
@@ -237,9 +238,9 @@ def test_nothing_in_a_step_waits_for_the_device(data, name, padded, monkeypatch)
         assert ragged is None or ragged.offsets_there is not None  # made before anything is recorded
     assert crystals.nodes is None or crystals._graphs
     if crystals.text_ids is not None:
-        from castbench.kernels import attention
+        from castbench.kernels import cross_attention
 
-        monkeypatch.setattr(attention, "Reader", lambda kv, *_: lambda q: q + kv.sum())
+        monkeypatch.setattr(cross_attention, "Reader", lambda kv, *_: lambda q: q + kv.sum())
     _, function, inputs = trainer.objective.padded_loss(trainer.network, ROWS, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # values are not known: asking for one fails
         with OnDevice():
