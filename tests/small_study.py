@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from castbench.graphs.neighbours import CrystalGraph
+from castbench.graphs.crystal_graph import CrystalGraph
 from castbench.graphs.packed import PackedWriter
 from castbench.materials.splits import write_split
 from castbench.models import OBJECTIVES, build_model, build_pretraining

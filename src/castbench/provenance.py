@@ -21,7 +21,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP)  # what a file system says that does not sync folders
 
 PACKAGES = (
-    "torch", "torch-geometric", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
+    "torch", "transformers", "peft", "lightning-fabric", "pymatgen", "pymatgen-core",
     "robocrys", "matminer", "smact", "ElementEmbeddings", "scikit-learn", "spglib", "numpy", "scipy",
     "pandas", "pyarrow", "snakemake",
 )  # fmt: skip

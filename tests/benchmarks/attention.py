@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import small_study  # noqa: E402
 from castbench import config as meaning  # noqa: E402
-from castbench.graphs.neighbours import CrystalGraph  # noqa: E402
+from castbench.graphs.crystal_graph import CrystalGraph  # noqa: E402
 from castbench.graphs.packed import PackedWriter  # noqa: E402
 from castbench.materials.splits import write_split  # noqa: E402
 from castbench.provenance import sha256_file  # noqa: E402

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from castbench.graphs.build import CHUNK  # noqa: E402
-from castbench.graphs.neighbours import CrystalGraph, crystal_graph  # noqa: E402
+from castbench.graphs.crystal_graph import CrystalGraph  # noqa: E402
+from castbench.graphs.neighbours import crystal_graph  # noqa: E402
 from castbench.graphs.packed import EDGE_ARRAYS, NODE_ARRAYS  # noqa: E402
 from mp_server import DEMO, read_crystals  # noqa: E402
 

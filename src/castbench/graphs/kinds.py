@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from castbench.graphs.asymmetric import AsymmetricUnit
-from castbench.graphs.neighbours import CrystalGraph, nearest_graph, radius_graph, unit_of
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import nearest_graph, radius_graph, unit_of
 from castbench.graphs.reciprocal import reciprocal_graph
 from castbench.graphs.voronoi import voronoi_graph
 

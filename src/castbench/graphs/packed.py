@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
-from castbench.graphs.neighbours import CrystalGraph
+from castbench.graphs.crystal_graph import CrystalGraph
 from castbench.provenance import sha256_file, write_json
 
 FORMAT = 2  # raise it whenever the files or the graphs in them change

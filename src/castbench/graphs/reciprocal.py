@@ -16,7 +16,8 @@ import spglib
 from scipy.spatial import cKDTree
 
 from castbench.graphs.asymmetric import AsymmetricUnit
-from castbench.graphs.neighbours import TIE, CrystalGraph, directed, pairs_with_nearest, vectors_of
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import TIE, directed, pairs_with_nearest, vectors_of
 
 SAME = 1e-3  # angstrom; directions further apart than this are different neighbours
 APART = 1e3  # angstrom; between the nodes' neighbours in one search tree

@@ -6,7 +6,8 @@ import numpy as np
 from scipy.spatial import Voronoi
 
 from castbench.graphs.asymmetric import AsymmetricUnit
-from castbench.graphs.neighbours import CrystalGraph, Pairs, directed, pairs_with_nearest, pairs_within
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import Pairs, directed, pairs_with_nearest, pairs_within
 
 MIN_AREA = 1e-6  # square angstrom; smaller faces are corners that rounding has opened (the reference's value)
 NEAREST = 40  # neighbours whose distance is the first guess of how far a cell reaches, twice

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
-from castbench.materials.structures import prototype, unpack_crystals
 from castbench.provenance import write_json
 
 log = logging.getLogger(__name__)
@@ -76,6 +75,9 @@ def read_members(materials: Path, group_by: str | None) -> tuple[list[str], list
             if group_by == "formula":
                 groups += table.column("formula").to_pylist()
             elif group_by == "prototype":
+                # Imports pymatgen: a second, which those who only read a split need not spend.
+                from castbench.materials.structures import prototype, unpack_crystals
+
                 groups += [prototype(crystal) for crystal in unpack_crystals(table.column("structure"))]
     return ids, groups, targets
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter
 
-from castbench.models.batch import Batch
+from castbench.models.batch import Batch, sums_of
 from castbench.models.elements import element_categories
 from castbench.models.structure import StructureEncoder, WeightedBatchNorm, edges_into, gaussians
 
@@ -62,8 +61,7 @@ class EdgeGatedConv(nn.Module):
         gate = gate + self.target_gate(nodes).index_select(0, target)
         share = torch.sigmoid(gate)
         sent = share * self.neighbour(nodes).index_select(0, source)
-        total = scatter(sent, target, dim_size=len(nodes), reduce="sum")
-        received = total / (scatter(share, target, dim_size=len(nodes), reduce="sum") + 1e-6)
+        received = sums_of(sent, target, len(nodes)) / (sums_of(share, target, len(nodes)) + 1e-6)
         updated = nodes + functional.silu(self.node_norm(self.own(nodes) + received, weights[0]))
         if self.last:
             return updated, edges

@@ -106,6 +106,11 @@ class Batch:
         return replace(self, **moved)
 
 
+def sums_of(values: Tensor, groups: Tensor, n: int) -> Tensor:
+    """Sums (n, ...) of the values (R, ...) of each group; groups (R,)."""
+    return values.new_zeros(n, *values.shape[1:]).index_add(0, groups, values)
+
+
 def segments(offsets: Tensor) -> Tensor:
     """Index (rows,) of the crystal that each packed row belongs to, from offsets (B + 1,)."""
     return torch.repeat_interleave(offsets.diff())

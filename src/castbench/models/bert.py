@@ -8,12 +8,12 @@ out of the very product that projects the states.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from castbench.models.heads import has_kernels, product_type
 
@@ -64,11 +64,20 @@ def fused_layer(
     return add_norm(layer.output, inner.intermediate_act_fn(linear(inner.dense, attended_Td)), attended_Td)
 
 
-compiled_layer = torch.compile(fused_layer)
+def compiled_layer(*arguments: Any) -> Tensor:
+    """What `fused_layer` does, compiled."""
+    return _compiled()(*arguments)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(fused_layer)  # not before it is needed: it imports the compiler, which takes seconds
 
 
 def flash(qkv_TC: Tensor, offsets: Tensor, longest: int, heads: int) -> Tensor:
     """What tokens with query, key and value side by side attend to in their text (T, d)."""
+    from torch.nn.attention.varlen import varlen_attn
+
     q, k, v = qkv_TC.unflatten(1, (3, heads, -1)).unbind(1)
     context: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest)
     return context.flatten(1)

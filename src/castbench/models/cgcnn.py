@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter
 
-from castbench.models.batch import ABSENT, Batch
+from castbench.models.batch import ABSENT, Batch, sums_of
 from castbench.models.elements import element_categories
 from castbench.models.structure import StructureEncoder, WeightedBatchNorm, gaussians
 
@@ -37,7 +36,7 @@ class GatedConv(nn.Module):
         bonds = batch.edge_multiplicities * batch.multiplicities[batch.edge_target]
         gate, message = self.message_norm(joined, bonds).chunk(2, dim=1)
         sent = torch.sigmoid(gate) * functional.softplus(message) * batch.edge_multiplicities[:, None]
-        received = scatter(sent, batch.edge_target, dim_size=len(nodes), reduce="sum")
+        received = sums_of(sent, batch.edge_target, len(nodes))
         return functional.softplus(nodes + self.sum_norm(received, batch.multiplicities))
 
 

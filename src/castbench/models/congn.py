@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter
 
-from castbench.models.batch import ABSENT, Batch
+from castbench.models.batch import ABSENT, Batch, sums_of
 from castbench.models.cogn import CUTOFF, N_BASIS, ElementInput
 from castbench.models.heads import dense
 from castbench.models.structure import StructureEncoder, edges_into, gaussians
@@ -66,9 +65,9 @@ class NestedBlock(nn.Module):
         messages = join(self.message, edges, nodes, batch.edge_target, batch.edge_source)
         receiver, sender = pairs
         seen = join(self.pair_message, angles, messages, receiver, sender)
-        seen = scatter(seen, receiver, dim_size=len(messages), reduce="sum")
+        seen = sums_of(seen, receiver, len(messages))
         messages = self.gate(self.pair_update(seen), messages)
-        received = scatter(messages, batch.edge_target, dim_size=len(nodes), reduce="sum")
+        received = sums_of(messages, batch.edge_target, len(nodes))
         return nodes + self.update(received)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from castbench import kernels
 from castbench.models.batch import GROUP, gather_block
@@ -78,6 +77,8 @@ def attend_packed(
         return Reader(torch.cat([k, v], dim=1), segments, heads)(q)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
     if has_variable_length(q):
+        from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler: seconds
+
         context: Any = varlen_attn(q, k, v, q_offsets.int(), k_offsets.int(), longest, longest)
         return context.flatten(1)
     attended = []

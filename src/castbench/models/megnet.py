@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter, softmax
 
-from castbench.models.batch import Batch, segments
+from castbench.models.batch import Batch, segments, sums_of
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import dense
 from castbench.models.structure import StructureEncoder, gaussians, weighted_mean
@@ -100,8 +99,10 @@ class Set2Set(nn.Module):
             cell = keep.sigmoid() * cell + enter.sigmoid() * value.tanh()
             query = leave.sigmoid() * cell.tanh()
             scores = (memory * query[groups]).sum(dim=1) + weights.log()
-            share = softmax(scores, groups, num_nodes=n)
-            read = scatter(memory * share[:, None], groups, dim_size=n, reduce="sum")
+            highest = scores.new_full((n,), -torch.inf).scatter_reduce(0, groups, scores.detach(), "amax")
+            share = (scores - highest[groups]).exp()
+            share = share / sums_of(share, groups, n)[groups]
+            read = sums_of(memory * share[:, None], groups, n)
             found = torch.cat([query, read], dim=1)
         return found
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.distributed.nn  # not imported with torch
 from torch import Tensor, distributed, nn
-from torch_geometric.utils import scatter
 
 from castbench import kernels
 from castbench.models.base import Network
-from castbench.models.batch import Batch, segments
+from castbench.models.batch import Batch, segments, sums_of
 from castbench.models.heads import Regression
 from castbench.models.messages import segment_sums
 
@@ -88,8 +87,8 @@ def gaussians(values: Tensor, centres: Tensor, spread: float) -> Tensor:
 
 def weighted_mean(values: Tensor, weights: Tensor, groups: Tensor, n: int) -> Tensor:
     """Mean (n, d) of the values (R, d) of each group, with weights (R,); 0 for a group without values."""
-    total = scatter(values * weights[:, None], groups, dim_size=n, reduce="sum")
-    return total / scatter(weights, groups, dim_size=n, reduce="sum").clamp(min=1e-12)[:, None]
+    total = sums_of(values * weights[:, None], groups, n)
+    return total / sums_of(weights, groups, n).clamp(min=1e-12)[:, None]
 
 
 def edges_into(edge_target: Tensor, at: Tensor, n: int) -> tuple[Tensor, Tensor]:

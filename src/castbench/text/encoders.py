@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -22,6 +22,7 @@ from castbench.models.bert import is_fused, run_fused
 from castbench.models.heads import attend, attend_packed
 from castbench.provenance import sha256_file, sha256_json, write_json
 from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
+from castbench.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
@@ -317,9 +318,3 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     if absent or report["mismatched_keys"]:
         raise InputError(f"{folder / WEIGHTS}: does not fill the model ({absent[:3]}); use a complete file")
     return model.eval()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Fast tokenizer of a verified encoder folder."""
-    read_encoder(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)

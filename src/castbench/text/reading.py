@@ -66,7 +66,7 @@ class Reader:
     """
 
     def __init__(self, encoder: Path, max_tokens: int, normalise: bool):
-        from castbench.text.encoders import load_tokenizer  # seconds
+        from castbench.text.tokenizer import load_tokenizer  # seconds
 
         self.tokenizer = load_tokenizer(encoder)
         self.max_tokens, self.normalise = max_tokens, normalise

@@ -87,8 +87,8 @@ def tokenize_text(settings: dict[str, Any], descriptions: Path, encoder: Path, o
         InputError: the encoder does not reach that far, or has no [CLS] and [SEP].
     """
     # Seconds of import that those who only map tokens need not spend.
-    from castbench.text.encoders import load_tokenizer
     from castbench.text.normalise import normalise_matscibert
+    from castbench.text.tokenizer import load_tokenizer
 
     described = read_encoder(encoder)
     tokenizer = load_tokenizer(encoder)

@@ -11,7 +11,8 @@ import pytest
 from pymatgen.core import Structure
 
 import crystals
-from castbench.graphs.neighbours import CrystalGraph, crystal_graph
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import crystal_graph
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pymatgen.core import Element, Lattice, Structure
 
 from castbench.graphs.asymmetric import asymmetric_unit
-from castbench.graphs.neighbours import TIE, CrystalGraph, crystal_graph, nearest_neighbours
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import TIE, crystal_graph, nearest_neighbours
 
 SQRT = np.sqrt
 

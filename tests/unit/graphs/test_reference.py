@@ -8,7 +8,8 @@ import pytest
 import zstandard
 from pymatgen.core import Element
 
-from castbench.graphs.neighbours import CrystalGraph, crystal_graph
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.neighbours import crystal_graph
 
 LONE = "a cluster and a lone atom"
 RECORDED = Path(__file__).parents[2] / "reference" / "cogn_graphs.jsonl.zst"

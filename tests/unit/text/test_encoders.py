@@ -10,13 +10,8 @@ from transformers import AutoConfig, AutoModel
 from castbench.errors import InputError
 from castbench.provenance import sha256_file
 from castbench.text import ENCODERS, encoders, parse_encoder, read_encoder, slug
-from castbench.text.encoders import (
-    FAMILY,
-    LayeredEncoder,
-    load_encoder,
-    load_tokenizer,
-    prefetch_encoder,
-)
+from castbench.text.encoders import FAMILY, LayeredEncoder, load_encoder, prefetch_encoder
+from castbench.text.tokenizer import load_tokenizer
 from make_random_bert import SPECIAL, invented_vocabulary
 
 

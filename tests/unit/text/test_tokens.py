@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from castbench.errors import InputError
-from castbench.text.encoders import load_tokenizer
 from castbench.text.states import PackedStates, embed_text
+from castbench.text.tokenizer import load_tokenizer
 from castbench.text.tokens import PackedTokens, tokenize_text
 
 TEXTS = [

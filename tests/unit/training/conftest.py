@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from castbench.graphs.neighbours import CrystalGraph
+from castbench.graphs.crystal_graph import CrystalGraph
 from castbench.graphs.packed import PackedWriter
 from castbench.labels import TARGETS
 from castbench.materials.splits import write_split

@@ -71,6 +71,10 @@ def _load() -> tuple[Any, Any]:
 
     with patch("monty.serialization.loadfn", skip_aflow):
         import pymatgen.analysis.prototypes  # noqa: F401
+    with patch(
+        "typeguard.typechecked", lambda function: function
+    ):  # 3 s: inflect has each of its calls checked
+        import inflect  # noqa: F401
 
     from robocrys import StructureCondenser, StructureDescriber
     from robocrys.condense import condenser, site
