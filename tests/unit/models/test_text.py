@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo import testing
+from torch.nn.attention import varlen
 
 from castbench.errors import InputError
 from castbench.models import bert, heads
@@ -146,11 +148,11 @@ def reference_varlen(q, k, v, q_offsets, k_offsets, most_q, most_k):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("varlen", [False, True])
-def test_packed_texts_give_the_states_and_gradients_of_padded_ones(tuned, crystals, monkeypatch, varlen):
-    if varlen:  # the way of a GPU
+@pytest.mark.parametrize("flash", [False, True])
+def test_packed_texts_give_the_states_and_gradients_of_padded_ones(tuned, crystals, monkeypatch, flash):
+    if flash:  # the way of a GPU
         monkeypatch.setattr(heads, "has_variable_length", lambda q: True)
-        monkeypatch.setattr(heads, "varlen_attn", reference_varlen)
+        monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     away_from_start(tuned)
     monkeypatch.setattr(heads, "GROUP", 2)
     batch = cached(tuned, crystals)
@@ -177,11 +179,11 @@ def test_fused_layers_give_the_states_and_gradients_of_the_others(tuned, crystal
     batch = join([some[1], some[2], some[1], some[3], some[2]])
     batch.texts = different_texts(batch.token_offsets, torch.tensor([40, 7, 40, 9, 7]))
     apart = [with_gradients(tuned, states(batch)) for states in (tuned, tuned.cls)]
-    traced = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    traced = testing.CompileCounterWithBackend("aot_eager")
     layer = torch.compile(bert.fused_layer, backend=traced) if compiled else bert.fused_layer
     monkeypatch.setattr(bert, "compiled_layer", layer)
     monkeypatch.setattr(encoders, "is_fused", lambda hidden: True)
-    monkeypatch.setattr(bert, "varlen_attn", packed_reference)
+    monkeypatch.setattr(varlen, "varlen_attn", packed_reference)
     for states, expected in zip((tuned, tuned.cls), apart, strict=True):
         for ours, theirs in zip(with_gradients(tuned, states(batch)), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
