@@ -9,7 +9,7 @@ report: venv
 	snakemake --cores all --show-failed-logs
 
 test: venv
-	pytest -n 2 --dist loadfile tests/workflow tests/unit
+	pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/unit
 
 cluster-test: venv
 	pytest tests/cluster -rs $(if $(ONLY),-k $(ONLY))

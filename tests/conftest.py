@@ -1,9 +1,12 @@
 """Fixtures shared by every test."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+# A thread for each of pytest's workers: torch's threads of several wait for one another, for five times the work.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 
 
