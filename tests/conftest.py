@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# A thread for each of pytest's workers: torch's threads of several wait for one another, for five times the work.
+# One thread a worker of pytest: torch's threads of several would wait for one another, five times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 
