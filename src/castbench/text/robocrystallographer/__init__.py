@@ -71,9 +71,8 @@ def _load() -> tuple[Any, Any]:
 
     with patch("monty.serialization.loadfn", skip_aflow):
         import pymatgen.analysis.prototypes  # noqa: F401
-    with patch(
-        "typeguard.typechecked", lambda function: function
-    ):  # 3 s: inflect has each of its calls checked
+    # 3 s of import less: inflect has each of its functions checked at every call
+    with patch("typeguard.typechecked", lambda function: function):
         import inflect  # noqa: F401
 
     from robocrys import StructureCondenser, StructureDescriber
