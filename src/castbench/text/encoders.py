@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils.logging import disable_progress_bar
 
 from castbench.errors import InputError
 from castbench.models.bert import is_fused, run_fused
@@ -26,7 +26,6 @@ from castbench.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
-set_verbosity_error()  # nor a table of the head that an encoder lacks; what matters of it is checked below
 
 WEIGHTS = "model.safetensors"
 # Built as BERT is, layer for layer; others (MPNet, DeBERTa) hand position biases to their layers.

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import set_verbosity_error
 
 from castbench.text import read_encoder
+
+# No advice in the logs, nor a table of the head that an encoder lacks: `load_encoder` checks what matters.
+set_verbosity_error()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
