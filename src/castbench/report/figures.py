@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from castbench.evaluation.aggregate import RESOURCES, ordered_models, ordered_targets, read_errors, read_json
 from castbench.evaluation.statistics import (
@@ -35,6 +36,7 @@ from castbench.report.tables import model_label, records
 log = logging.getLogger(__name__)
 
 INK, MUTED, RULE = "#1b1f24", "#6e7781", "#d8dee4"  # the report swaps these three in dark mode
+PLACES = 9  # of a panel's place in the figure, which is 1 wide and high
 SPLIT_COLOURS = {"train": "#9aa5b1", "validation": "#E69F00", "test": "#0072B2"}
 STYLE: Any = {
     "figure.dpi": 100,
@@ -87,8 +89,7 @@ def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
                 weight="bold",
                 zorder=0,
             )
-        figure.draw_without_rendering()  # lay the panels out once, not for each file
-        figure.set_layout_engine("none")
+        lay_out(figure)
         for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
             with atomic_path(path.with_suffix(suffix)) as partial:
                 figure.savefig(
@@ -99,6 +100,19 @@ def drawing(settings: dict[str, Any], path: Path) -> Iterator[list[Figure]]:
                 )
         plt.close(figure)
         log.info("drew %s", path.name)
+
+
+def lay_out(figure: Figure) -> None:
+    """Lay the panels out once, not for each file.
+
+    The last bits of the layout are not the same each time, and the names in an SVG are made of them.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(PLACES))
+    for axis in figure.axes:
+        axis.set_position(Bbox(axis.get_position(original=True).get_points().round(PLACES)))
 
 
 def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:

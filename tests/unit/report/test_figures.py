@@ -7,7 +7,15 @@ from PIL import Image
 
 from castbench.labels import MODELS
 from castbench.provenance import write_json
-from castbench.report.figures import funnel_steps, plot_dataset, plot_results, site_groups
+from castbench.report.figures import (
+    PLACES,
+    funnel_steps,
+    lay_out,
+    panels,
+    plot_dataset,
+    plot_results,
+    site_groups,
+)
 
 NAMES = {
     "dataset_funnel", "target_histograms", "token_lengths", "results_by_seed", "learning_curves", "parity",
@@ -35,6 +43,18 @@ def test_figures_are_the_same_bytes_again_and_only_a_demo_is_watermarked(results
         assert file.read_bytes() != (tmp_path / "own" / file.name).read_bytes()
     assert "<!-- demo -->" in (tmp_path / "demo" / "token_lengths.svg").read_text()
     assert "<!-- demo -->" not in (tmp_path / "own" / "token_lengths.svg").read_text()
+
+
+def test_panels_have_places_without_the_bits_that_differ_each_time():
+    figure, axes = panels(3, 2, (3.0, 2.0))
+    for axis in axes:
+        axis.set(title="title", xlabel="label")
+    figure.colorbar(axes[0].imshow(np.eye(3)), ax=axes)
+    lay_out(figure)
+    for axis in figure.axes:
+        place = axis.get_position(original=True)
+        assert place.width > 0.01 and place.height > 0.01
+        assert (place.get_points() == place.get_points().round(PLACES)).all()
 
 
 def test_models_have_the_palette(results, settings):

@@ -58,12 +58,9 @@ def describe(structure: dict[str, list]) -> str:
     return describer.describe(_plain_integers(condenser.condense_structure(crystal)))
 
 
-@cache
-def _load() -> tuple[Any, Any]:
-    """Condenser and describer of this process."""
+def import_package() -> None:
+    """Import robocrystallographer in a quarter of the time."""
     from monty.serialization import loadfn
-
-    check_versions()
 
     def skip_aflow(path: str) -> Any:
         # pymatgen's own prototypes, 5 of 12 s of import: robocrystallographer never looks into them
@@ -73,8 +70,14 @@ def _load() -> tuple[Any, Any]:
         import pymatgen.analysis.prototypes  # noqa: F401
     # 3 s of import less: inflect has each of its functions checked at every call
     with patch("typeguard.typechecked", lambda function: function):
-        import inflect  # noqa: F401
+        import robocrys  # noqa: F401
 
+
+@cache
+def _load() -> tuple[Any, Any]:
+    """Condenser and describer of this process."""
+    check_versions()
+    import_package()
     from robocrys import StructureCondenser, StructureDescriber
     from robocrys.condense import condenser, site
 

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
+from castbench.text.robocrystallographer import import_package
+
+import_package()
+
 
 @pytest.fixture(autouse=True)
 def quiet():
