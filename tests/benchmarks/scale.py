@@ -153,7 +153,7 @@ def predict(arguments: argparse.Namespace) -> None:
         folder = copy(Path(parent) / "castbench")
         presets = ["config.yaml", "workflow/presets/smoke.yaml"]
         pilot = {"training": {"epochs": arguments.epochs}, "max_tokens": 64}
-        planned = {"training": {"epochs": 2 * arguments.epochs}, "architecture": LARGER}
+        planned = {"training": {"epochs": 2 * arguments.epochs}, "max_tokens": 512, "architecture": LARGER}
         for name, overlay in (("pilot", pilot), ("planned", planned)):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({"dataset": name, **overlay}))
         for name in ("pilot", "planned"):
