@@ -308,8 +308,8 @@ def _count(similarity: pd.DataFrame) -> str:
 def _text(settings: dict[str, Any], text: dict[str, Any], path: Path) -> None:
     weights = np.array(text["weights"])
     chosen = fifth_layers(len(weights))
-    per_line = 75
     count = len(text["words"])
+    per_line = min(75, count)
     lines = [(start, min(start + per_line, count)) for start in range(0, count, per_line)]
     heads = weights.shape[1]
     # [CLS] and [SEP] take most of it: the scale is that of the words.

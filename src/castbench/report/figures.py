@@ -216,6 +216,7 @@ def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
             bins = np.histogram_bin_edges(every, bins=30)
             colours = [SPLIT_COLOURS[part] for part in SPLITS]
             axis.hist(parts, bins=list(bins), stacked=True, color=colours, label=[*SPLITS])
+            axis.locator_params(axis="y", integer=True)
             axis.grid(axis="y")
             axis.set_ylim(top=1.3 * axis.get_ylim()[1])
             ours = f"here {every.mean():.2f} ({every.std(ddof=1):.2f})" if len(every) > 1 else ""
@@ -251,8 +252,10 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         )
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())  # labels where a decade is missing
         axis.set_ylim(top=1.25 * axis.get_ylim()[1])
         axis.set(xlabel="length of the description before truncation (tokens)", ylabel="crystals")
+        axis.locator_params(axis="y", integer=True)
         axis.grid(axis="y")
 
 
