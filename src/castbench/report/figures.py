@@ -241,12 +241,14 @@ def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
         axis.hist(lengths, bins=list(bins), color="#E69F00")
         axis.axvline(limit, color=INK, linewidth=1)
         cut = (lengths > limit).mean()
+        side = -1 if limit**2 > bins[0] * bins[-1] else 1  # of the line: where there is more room
         axis.annotate(
             f"limit {limit} tokens\n{cut:.1%} of {len(lengths):,} texts are cut",
             (limit, 1),
-            xytext=(5, -2),
+            xytext=(5 * side, -2),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
+            ha="left" if side > 0 else "right",
             va="top",
             size=7.5,
         )
