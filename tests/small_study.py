@@ -68,6 +68,9 @@ def write_encoder(folder: Path) -> None:
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), strip_accents=False).save_pretrained(folder)
 
 
+MASKED = 0.8  # share of nodes that pretraining hides
+
+
 def write_graphs(root: Path) -> None:
     """Random graphs; the crystal WITHOUT_GRAPH has none."""
     rng = np.random.default_rng(1)
@@ -92,9 +95,10 @@ def write_run(folder: Path, name: str, encoder: Path, **record: object) -> None:
     with torch.no_grad():
         for parameter in model.parameter_groups()["lora"]:
             parameter.add_(0.3 * torch.randn_like(parameter))
-    write_json(
-        folder / "config.json", {"objective" if objective else "model": name, "architecture": ARCHITECTURE}
-    )
+    config = {"objective" if objective else "model": name, "architecture": ARCHITECTURE}
+    if objective:
+        config["pretraining"] = {"mask_probability": MASKED}
+    write_json(folder / "config.json", config)
     state = {key: value.contiguous() for key, value in model.trained_state().items()}
     save_file(state, folder / "model.safetensors")
     write_json(folder / "metrics.json", {"status": "finished", "text": model.text_mode, **record})

@@ -19,6 +19,10 @@ SETTINGS = {
     "seeds": [0, 1],
     "structure_encoder": "cogn",
     "text_encoder": "minilm",
+    "max_tokens": 512,
+    "sample": None,
+    "filters": {"max_energy_above_hull": None, "ordered_moduli": True},
+    "split": {"seed": 0, "fractions": [0.7, 0.1, 0.2], "group_by": None},
 }
 SPACEGROUPS = [225, 216, 221, 186, 136, 194, 62, 12, 2, 166]
 N = 90

@@ -269,6 +269,13 @@ def pretraining_settings(name: str, config: Config) -> Config:
     }
 
 
+def table_settings(config: Config) -> Config:
+    """What the tables of runs depend on."""
+    keys = ("dataset", "targets", "models", "structure_encoder", "text_encoder", "max_tokens")
+    found = {key: config[key] for key in keys} | {"seeds": config["training"]["seeds"]}
+    return found | {key: config["materials"][key] for key in ("source", "sample", "filters", "split")}
+
+
 def encoder_folder(config: Config) -> Path:
     """Where the text encoder's files are kept, shared by all data sets."""
     return Path("results/encoders") / slug(config["text_encoder"])

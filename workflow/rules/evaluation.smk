@@ -144,6 +144,7 @@ rule aggregate_runs:
         graphs="results/{dataset}/graphs/manifest.json",
         tokens="results/{dataset}/tokens/manifest.json",
         paper=multiext("workflow/resources/paper/table", "1.csv", "2.csv"),
+        preset="workflow/presets/paper.yaml",
     output:
         report(
             "results/{dataset}/tables/table1.csv",
@@ -166,15 +167,7 @@ rule aggregate_runs:
     conda:
         "../../envs/report.yaml"
     params:
-        settings=settings(
-            "dataset",
-            "materials.source",
-            "targets",
-            "models",
-            "training.seeds",
-            "structure_encoder",
-            "text_encoder",
-        ),
+        settings=json.dumps(meaning.table_settings(config), sort_keys=True),
     shell:
         "python -m castbench aggregate_runs --settings {params.settings:q} --results results/{wildcards.dataset}"
         " --output results/{wildcards.dataset}/tables --log {log}"

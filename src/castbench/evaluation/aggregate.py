@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
+from castbench.config import table_settings
 from castbench.evaluation.statistics import (
     CRYSTAL_SYSTEMS,
     dataset_statistics,
     mean_baseline,
     mean_interval,
-    paired_difference,
     read_crystals,
     site_groups,
     site_labels,
@@ -24,10 +25,14 @@ from castbench.report import tables
 
 log = logging.getLogger(__name__)
 
-RESOURCES = Path(__file__).resolve().parents[3] / "workflow" / "resources"
+WORKFLOW = Path(__file__).resolve().parents[3] / "workflow"
+RESOURCES = WORKFLOW / "resources"
 # What the paper argues from: (this, minus that); for CAST the CrysMMNet that treats its text alike.
 COMPARISONS = (
     ("cast", "cast_scratch"),
+    ("cast", "crysmmnet_frozen"),
+    ("cast", "crysmmnet_lora"),
+    ("cast", "multimat"),
     ("cast_scratch", "crysmmnet_frozen"),
     ("cast_scratch", "crysmmnet_lora"),
     ("crysmmnet_lora", "crysmmnet_frozen"),
@@ -39,8 +44,7 @@ COMPARISONS = (
 def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> None:
     """Write Table 1, Table 2, runs, pretraining, comparisons and the text's gain into `output`.
 
-    `settings` = {dataset, source, targets, models, seeds, structure_encoder, text_encoder}: they name the
-    runs to expect.
+    `settings` are those of `config.table_settings`: they name the runs to expect.
     """
     records = read_records(results, settings)
     runs = pd.DataFrame([run_row(record) for record in records])
@@ -57,7 +61,7 @@ def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> Non
     write_csv(output / "table2.csv", statistics)
     write_csv(output / "pretraining.csv", read_pretraining(results))
     write_csv(output / "comparisons.csv", comparisons(results, settings, runs))
-    write_csv(output / "text_gain.csv", text_gain(results, settings))
+    write_csv(output / "text_gain.csv", text_gain(results, settings, runs))
     write_text(output / "table1.md", tables.table1_markdown(cells, settings))
     write_text(output / "table1.tex", tables.table1_latex(cells, settings))
     write_text(output / "runs.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
@@ -120,9 +124,20 @@ def run_row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_paper_setting(settings: dict[str, Any]) -> bool:
-    """Whether data source and encoders are the paper's, so that its numbers can be compared with ours."""
-    encoders = settings["structure_encoder"] == "cogn" and "matscibert" in settings["text_encoder"].lower()
-    return encoders and settings["source"] == "materials_project"
+    """Whether data and encoders are those of the preset paper.yaml, so that the paper's numbers compare.
+
+    The seed of the split does not matter, nor how strictly moduli are ordered (deviation moduli_order).
+    """
+
+    def compared(found: dict[str, Any]) -> list[Any]:
+        ordered = bool(found["filters"]["ordered_moduli"])
+        kept = [found[key] for key in ("source", "sample", "structure_encoder", "max_tokens")]
+        shares = [found["split"][key] for key in ("fractions", "group_by")]
+        return [*kept, *shares, found["filters"] | {"ordered_moduli": ordered}]
+
+    paper = yaml.safe_load((WORKFLOW / "presets" / "paper.yaml").read_text(encoding="utf-8"))
+    same = compared(settings) == compared(table_settings(paper))
+    return same and "matscibert" in settings["text_encoder"].lower()
 
 
 def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) -> pd.DataFrame:
@@ -205,31 +220,49 @@ def read_errors(results: Path, target: str, model: str, seeds: list[int]) -> pd.
     return pd.concat([(f["y_pred"] - f["y_true"]).abs() for f in frames]).groupby(level=0, sort=False).mean()
 
 
+def paired_errors(
+    results: Path, runs: pd.DataFrame, target: str, model: str, other: str
+) -> tuple[pd.Series, int]:
+    """Absolute test error of `model` minus that of `other`, by id, mean over the seeds that both finished.
+
+    Also the number of these seeds; without one the series is empty.
+    """
+    finished = runs[(runs["target"] == target) & (runs["status"] == "finished")]
+    seeds = [set(finished.loc[finished["model"] == name, "seed"]) for name in (model, other)]
+    common = sorted(set.intersection(*seeds))
+    first, second = (read_errors(results, target, name, common) for name in (model, other))
+    return first - second.reindex(first.index), len(common)
+
+
 def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals."""
+    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals.
+
+    Columns: target, unit, model, minus (the other one), difference, low, high (none for fewer than five test
+    crystals), n (crystals), seeds (that both finished; see `paired_errors`).
+    """
     text = runs.dropna(subset="text").groupby("model")["text"].first()
     rows = []
     for target in ordered_targets(settings):
-        errors = {m: read_errors(results, target, m, settings["seeds"]) for m in settings["models"]}
         for model, other in COMPARISONS:
-            alike = other != f"crysmmnet_{'frozen' if text.get(model) == 'lora' else 'lora'}"
-            first, second = errors.get(model), errors.get(other)
-            if first is None or second is None or first.empty or second.empty:
+            unlike = f"crysmmnet_{'frozen' if text.get(model) == 'lora' else 'lora'}"
+            if model in ("cast", "cast_scratch") and other == unlike:
                 continue
-            if model == "cast_scratch" and not alike:
+            difference, seeds = paired_errors(results, runs, target, model, other)
+            if difference.empty:
                 continue
-            mean, low, high = paired_difference(first.to_numpy(), second.loc[first.index].to_numpy())
+            mean, low, high = mean_interval(difference.to_numpy())
             row = {"target": target, "unit": TARGETS[target].unit, "model": model, "minus": other}
-            rows.append(row | {"difference": mean, "low": low, "high": high, "n": len(first)})
-    columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n"]
+            row |= {"difference": mean, "low": low, "high": high, "n": len(difference), "seeds": seeds}
+            rows.append(row)
+    columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
-    """Test error of cast minus that of structure_only, mean over seeds, by groups of crystals.
+def text_gain(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+    """Test error of cast minus that of structure_only, see `paired_errors`, by groups of crystals.
 
     Columns: target, unit, by ("all", "crystal system", "sites", "text"), group, difference, low, high (95 %
-    bootstrap interval over the crystals; none for fewer than five), n.
+    bootstrap interval over the crystals; none for fewer than five), n, seeds (that both finished).
     """
     crystals = read_crystals(results)
     limit = read_json(results / "tokens" / "manifest.json")["max_tokens"]
@@ -244,12 +277,9 @@ def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
     }
     rows = []
     for target in ordered_targets(settings):
-        first, second = (
-            read_errors(results, target, m, settings["seeds"]) for m in ("cast", "structure_only")
-        )
-        if first.empty or second.empty:
+        difference, seeds = paired_errors(results, runs, target, "cast", "structure_only")
+        if difference.empty:
             continue
-        difference = first - second.loc[first.index]
         for by, (groups, order) in groupings.items():
             of_crystal = pd.Series(groups, index=crystals.index).loc[difference.index]
             for group in order:
@@ -259,9 +289,9 @@ def text_gain(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
                 mean, low, high = mean_interval(values)
                 row: dict[str, Any] = {"target": target, "unit": TARGETS[target].unit}
                 row |= {"by": by, "group": group}
-                row |= {"difference": mean, "low": low, "high": high, "n": len(values)}
+                row |= {"difference": mean, "low": low, "high": high, "n": len(values), "seeds": seeds}
                 rows.append(row)
-    columns = ["target", "unit", "by", "group", "difference", "low", "high", "n"]
+    columns = ["target", "unit", "by", "group", "difference", "low", "high", "n", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 

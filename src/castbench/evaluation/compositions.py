@@ -19,7 +19,7 @@ from castbench.evaluation.classification import (
     ranking_scores,
 )
 from castbench.evaluation.metrics import scores
-from castbench.evaluation.statistics import paired_difference
+from castbench.evaluation.statistics import mean_interval
 from castbench.labels import COMPOSITION_ORDER, TARGETS
 from castbench.provenance import atomic_path
 
@@ -222,12 +222,10 @@ def number_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str
     return pd.DataFrame(rows)
 
 
-def absolute_errors(
-    runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, Any], model: str, target: str
-) -> pd.Series:
-    """Absolute test error of each formula, mean over the finished seeds."""
+def absolute_errors(records: list[dict[str, Any]], target: str) -> pd.Series:
+    """Absolute test error of each formula, mean over runs."""
     found = []
-    for record in _finished(runs, settings, model, target):
+    for record in records:
         frame = record["predictions"].query("split == 'test'").set_index("formula")
         found.append((frame[f"{target}_pred"] - frame[f"{target}_true"]).abs().dropna())
     return pd.concat(found).groupby(level=0).mean() if found else pd.Series(dtype=float)
@@ -236,12 +234,17 @@ def absolute_errors(
 def difference(
     runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, Any], model: str, target: str
 ) -> dict[str, Any]:
-    """MAE of a model minus that of the EDM Transformer on their common test formulas."""
-    first, second = (absolute_errors(runs, settings, name, target) for name in (model, OURS))
+    """MAE of a model minus that of the EDM Transformer, on the test formulas and seeds that both have.
+
+    Of fewer than five formulas there is none.
+    """
+    pairs = [(runs[model, seed], runs.get((OURS, seed), {})) for seed in settings["seeds"]]
+    both = [pair for pair in pairs if all(target in record.get("scores", {}) for record in pair)]
+    first, second = (absolute_errors([pair[place] for pair in both], target) for place in (0, 1))
     common = first.index.intersection(second.index)
     if model == OURS or common.empty:
         return {"minus_edm": None, "low": None, "high": None, "n_common": None}
-    mean, low, high = paired_difference(first[common].to_numpy(), second[common].to_numpy())
+    mean, low, high = mean_interval((first[common] - second[common]).to_numpy())
     return {"minus_edm": mean, "low": low, "high": high, "n_common": len(common)}
 
 

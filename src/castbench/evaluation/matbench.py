@@ -198,7 +198,8 @@ def summary(folds: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
     """One row a task and model, ours first, then the published ones; columns in the unit of `metric`.
 
     mean and std (over the folds, ddof = 0 as Matbench has it) of `fold_0` to `fold_4`, each the mean over the
-    seeds; NaN where a run is not finished. `finished` of `expected` runs; `filled` predictions in them.
+    seeds; NaN where a run of theirs is not finished. `finished` of `expected` runs; `filled` predictions in
+    them.
     """
     published = pd.read_csv(RESOURCES / "paper" / "matbench.csv")
     rows = []
@@ -210,26 +211,22 @@ def summary(folds: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
         for model in ordered_models(settings):
             own = folds[(folds["task"] == task) & (folds["model"] == model)]
             done = own["status"] == "finished"
-            values = own.pivot_table(index="fold", values=metric, aggfunc="mean", dropna=False)
-            by_fold = [
-                float(values[metric].get(k, np.nan)) if metric in values else np.nan for k in range(FOLDS)
-            ]
-            complete = bool(done.all())
+            scores = own[metric] if metric in own else pd.Series(np.nan, own.index)
+            by_fold = [float(scores[own["fold"] == k].mean(skipna=False)) for k in range(FOLDS)]
             rows.append(
                 common
                 | {"model": model, "label": MODELS[model].label, "source": "this run"}
-                | statistics(by_fold if complete else [np.nan] * FOLDS, by_fold)
+                | statistics(by_fold)
                 | {"finished": int(done.sum()), "expected": len(own), "filled": own["filled"].sum()}
             )
         for name, group in published[published["task"] == task].groupby("model", sort=False):
             by_fold = group.sort_values("fold")["value"].tolist()
             source = {"model": name, "label": f"{name}, published", "source": group["source"].iloc[0]}
-            rows.append(common | source | statistics(by_fold, by_fold))
+            rows.append(common | source | statistics(by_fold))
     return pd.DataFrame(rows)
 
 
-def statistics(complete: list[float], by_fold: list[float]) -> dict[str, float]:
+def statistics(by_fold: list[float]) -> dict[str, float]:
     """Mean and standard deviation over the folds, and the folds."""
-    return {"mean": float(np.mean(complete)), "std": float(np.std(complete))} | {
-        f"fold_{k}": value for k, value in enumerate(by_fold)
-    }
+    whole = {"mean": float(np.mean(by_fold)), "std": float(np.std(by_fold))}
+    return whole | {f"fold_{k}": value for k, value in enumerate(by_fold)}

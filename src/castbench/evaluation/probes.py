@@ -22,7 +22,7 @@ from torch import Tensor
 from castbench.cards import choose_device
 from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import check_tokens, read_texts
-from castbench.evaluation.trained import load_run
+from castbench.evaluation.trained import load_run, read_config
 from castbench.labels import TARGETS
 from castbench.materials.splits import load_split
 from castbench.materials.targets import target_values
@@ -163,10 +163,13 @@ class Subject:
         self.crystals = Crystals(self.network, graphs, tokens, None, self.device)
         self.mean, self.std = record.get("target_mean", 0.0), record.get("target_std", 1.0)
         self.masked = isinstance(self.network, MaskedNodePretraining)
+        if self.masked:
+            self.hidden: float = read_config(run)["pretraining"]["mask_probability"]
 
     def hide(self, row: int) -> Tensor:
-        """The nodes (N,) of a crystal that are hidden: half of them, at least one, the same each time."""
-        return random_mask(self.crystals.batch(torch.tensor([row])).node_offsets.cpu(), 0.5, "probe", row)
+        """The nodes (N,) of a crystal that are hidden: as many as in pretraining, the same each time."""
+        offsets = self.crystals.batch(torch.tensor([row])).node_offsets.cpu()
+        return random_mask(offsets, self.hidden, "probe", row)
 
     def batch(self, row: int, texts: list[np.ndarray]) -> Batch:
         """The crystal once for each text."""

@@ -109,13 +109,6 @@ def mean_baseline(results: Path, target: str) -> float:
     return float((values.loc[split["test"]] - values.loc[split["train"]].mean()).abs().mean())
 
 
-def paired_difference(
-    first: np.ndarray, second: np.ndarray, repeats: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of `first - second`, both (n,), and its 95 % bootstrap interval over the n crystals."""
-    return _bootstrap(np.asarray(first) - np.asarray(second), repeats, seed)
-
-
 def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals.
 
@@ -123,10 +116,6 @@ def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tup
     """
     if len(values) < FEWEST:
         return math.nan, math.nan, math.nan
-    return _bootstrap(values, repeats, seed)
-
-
-def _bootstrap(values: np.ndarray, repeats: int, seed: int) -> tuple[float, float, float]:
     rng = np.random.default_rng(seed)
     size = (100, len(values))  # a few repeats at a time: memory stays small
     means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(repeats // 100)]

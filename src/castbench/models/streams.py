@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
 from torch import Tensor
+
+_ordered: ContextVar[bool] = ContextVar("_ordered", default=False)
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Run nothing `beside` in this block: several runs in one process would share the stream for it."""
+    token = _ordered.set(True)
+    try:
+        yield
+    finally:
+        _ordered.reset(token)
 
 
 @contextmanager
@@ -18,7 +31,7 @@ def beside(read: Tensor) -> Iterator[Callable[[], None]]:
     outlive that pass, as parameters do. What it makes needs no care: such memory is used again in a block
     like this or its backward pass alone, and these wait for all that read it. On a CPU all runs in order.
     """
-    if not read.is_cuda:
+    if not read.is_cuda or _ordered.get():
         yield lambda: None
         return
     current, other = torch.cuda.current_stream(read.device), _stream(read.device)

@@ -13,6 +13,7 @@ import markupsafe
 import pandas as pd
 import yaml
 
+from castbench.config import table_settings
 from castbench.deviations import deviations
 from castbench.evaluation.aggregate import (
     RESOURCES,
@@ -142,10 +143,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
     """Everything that the template shows."""
-    settings = {
-        key: config[key] for key in ("dataset", "targets", "models", "structure_encoder", "text_encoder")
-    }
-    settings |= {"source": config["materials"]["source"], "seeds": config["training"]["seeds"]}
+    settings = table_settings(config)
     folder = results / "tables"
     runs = pd.read_csv(folder / "runs.csv")
     records = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
@@ -165,8 +163,8 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "headers": [tables.header(cells, target) for target in targets],
         "table1": table1_rows(cells),
         "table1_note": tables.note(cells),
-        "comparisons": comparison_rows(folder / "comparisons.csv", targets),
-        "text_gain": gain_rows(folder / "text_gain.csv", targets),
+        "comparisons": comparison_rows(folder / "comparisons.csv", targets, len(settings["seeds"])),
+        "text_gain": gain_rows(folder / "text_gain.csv", targets, len(settings["seeds"])),
         "table2": tables.records(pd.read_csv(folder / "table2.csv")),
         "funnel": {target: funnel_steps(funnel, target) for target in targets},
         "collected": funnel["n_collected"],
@@ -224,7 +222,7 @@ def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
     if is_paper_setting(settings):
         return {
             "badge": "paper",
-            "text": "The paper's data source and encoders: its values are compared with ours.",
+            "text": "The paper's data and encoders: its values are compared with ours.",
         }
     return {
         "badge": "own data",
@@ -261,13 +259,13 @@ def table1_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict[str, Any] | None]]]:
-    """(models compared, a cell or None for each target); "near" (better) or "far" if zero is excluded."""
+def comparison_rows(
+    file: Path, targets: list[str], seeds: int
+) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """(models compared, a cell or None for each target) of comparisons.csv; see `judged`."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in tables.records(pd.read_csv(file)):
-        clear = row["low"] > 0 or row["high"] < 0
-        verdict = ("near" if row["difference"] < 0 else "far") if clear else ""
-        found.setdefault((row["model"], row["minus"]), {})[row["target"]] = row | {"verdict": verdict}
+        found.setdefault((row["model"], row["minus"]), {})[row["target"]] = judged(row, seeds)
     return [
         (
             f"{tables.model_label(model)} − {tables.model_label(other)}",
@@ -277,12 +275,23 @@ def comparison_rows(file: Path, targets: list[str]) -> list[tuple[str, list[dict
     ]
 
 
-def gain_rows(file: Path, targets: list[str]) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
-    """(what groups, group, a cell or None for each target) of text_gain.csv; `verdict` as in comparisons."""
+def judged(row: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """A difference of errors with `verdict`, "near" (better) or "far" if its interval excludes zero.
+
+    Where not all `seeds` finished it has none, and `short` says how many did.
+    """
+    if row["seeds"] < seeds:
+        return row | {"verdict": "", "short": f"{row['seeds']} of {seeds} seeds"}
+    return row | {"verdict": "near" if row["high"] < 0 else "far" if row["low"] > 0 else "", "short": ""}
+
+
+def gain_rows(
+    file: Path, targets: list[str], seeds: int
+) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
+    """(what groups, group, a cell or None for each target) of text_gain.csv; see `judged`."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in tables.records(pd.read_csv(file)):
-        verdict = "near" if row["high"] < 0 else "far" if row["low"] > 0 else ""
-        found.setdefault((row["by"], row["group"]), {})[row["target"]] = row | {"verdict": verdict}
+        found.setdefault((row["by"], row["group"]), {})[row["target"]] = judged(row, seeds)
     order = ("all", "crystal system", "sites", "text")
     return [
         (by, group, [cells.get(target) for target in targets])

@@ -7,7 +7,9 @@ on the shapes and values of its inputs alone, whether the run was interrupted or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+import gc
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class Recorder:
         """
         if key in self.graphs:
             return
+        if not self.graphs:
+            gc.collect()  # graphs of runs that have ended: they hold memory
         places = tuple(value.to(self.device, copy=True) for value in inputs)
         kept = [(value, value.clone()) for value in self.state()]
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -53,7 +57,7 @@ class Recorder:
                     value.copy_(before)
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with uncollected(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             found = function(*places)
         self.pool = graph.pool()
         self.graphs[key] = graph, places, found
@@ -65,3 +69,15 @@ class Recorder:
             place.copy_(value, non_blocking=True)
         graph.replay()
         return found
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected in this block: freeing a graph breaks another that is being recorded."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

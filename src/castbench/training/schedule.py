@@ -20,7 +20,7 @@ def rate_factor(
 ) -> float:
     """Share in (0, 1] of the peak learning rate at `step` = 0 ... total - 1.
 
-    Linear warm-up, then `cycles` equal periods of a cosine from 1 towards 0 ("periodic cosine", CAST 5.1.3);
+    Linear warm-up, then `cycles` equal periods of a cosine from 1 towards 0 ("periodic cosine", CAST 4.3);
     with the schedule "linear" a straight line from 1 towards `final` (coGN on Matbench).
     """
     warmup = warmup_length(total, warmup_steps)

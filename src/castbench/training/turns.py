@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
+
+from castbench.models.streams import in_order
 
 
 def take_turns(runs: Sequence[Iterator[None]], side_by_side: int, device: torch.device) -> None:
@@ -24,7 +27,8 @@ def take_turns(runs: Sequence[Iterator[None]], side_by_side: int, device: torch.
             under_way.append((waiting.popleft(), torch.cuda.Stream() if device.type == "cuda" else None))
         run, stream = under_way.popleft()
         try:
-            with torch.cuda.stream(stream):  # does nothing without one
+            # torch.cuda.stream does nothing without one.
+            with torch.cuda.stream(stream), in_order() if side_by_side > 1 else nullcontext():
                 next(run)
         except StopIteration:
             continue

@@ -4,9 +4,11 @@ import shutil
 
 import pandas as pd
 import pytest
+import yaml
 
-from castbench.evaluation.aggregate import RESOURCES, aggregate_runs, is_paper_setting
+from castbench.evaluation.aggregate import RESOURCES, WORKFLOW, aggregate_runs, is_paper_setting
 from castbench.provenance import write_json
+from castbench.report.html import comparison_rows
 from synthetic_results import SETTINGS, write_results
 
 
@@ -71,7 +73,16 @@ def test_table2_has_the_papers_counts_means_and_spreads_beside_ours(results):
 
 
 def test_difference_to_the_paper_only_with_its_data_and_encoder(results):
-    settings = SETTINGS | {"source": "materials_project", "text_encoder": "m3rg-iitd/matscibert@abc"}
+    preset = yaml.safe_load((WORKFLOW / "presets" / "paper.yaml").read_text())
+    paper = {key: preset["materials"][key] for key in ("source", "sample", "filters", "split")}
+    settings = SETTINGS | paper | {"text_encoder": "m3rg-iitd/matscibert@abc"}
+    assert is_paper_setting(settings | {"split": settings["split"] | {"seed": 1}})
+    for key, value in (("max_energy_above_hull", None), ("abx3", True), ("ordered_moduli", False)):
+        assert not is_paper_setting(settings | {"filters": settings["filters"] | {key: value}})
+    assert is_paper_setting(settings | {"filters": settings["filters"] | {"ordered_moduli": "strict"}})
+    assert not is_paper_setting(settings | {"split": settings["split"] | {"group_by": "formula"}})
+    assert not is_paper_setting(settings | {"sample": 1000})
+    assert not is_paper_setting(settings | {"max_tokens": 128})
     table = pd.read_csv(aggregate(results, settings) / "table1.csv").set_index("model")
     assert table.loc["cast", "Total energy MAE minus paper (eV/atom)"] == pytest.approx(0.405 - 0.256)
     assert "difference +0.149" in (results / "tables" / "table1.md").read_text()
@@ -147,10 +158,41 @@ def test_pretraining_and_comparisons(results):
     # every error of a run equals its MAE, so the interval has no width
     row = compared.loc[("band_gap", "cast", "cast_scratch")]
     assert row[["difference", "low", "high"]].to_numpy() == pytest.approx(-0.1)
-    assert row["n"] == 18
+    assert row["n"] == 18 and row["seeds"] == 2
     # text frozen in cast_scratch: only the frozen CrysMMNet is its like
     assert ("band_gap", "cast_scratch", "crysmmnet_frozen") in compared.index
     assert ("band_gap", "cast_scratch", "crysmmnet_lora") not in compared.index
+    for other in ("crysmmnet_frozen", "multimat"):
+        assert ("band_gap", "cast", other) in compared.index
+    assert ("band_gap", "cast", "crysmmnet_lora") not in compared.index
+
+
+def test_models_are_compared_on_the_seeds_that_both_finished(results):
+    run = results / "runs" / "band_gap" / "cast" / "1"
+    write_json(run / "metrics.json", {"status": "failed", "reason": "loss is not finite", "text": "frozen"})
+    tables = aggregate(results)
+    compared = pd.read_csv(tables / "comparisons.csv").set_index(["target", "model", "minus"])
+    row = compared.loc[("band_gap", "cast", "cast_scratch")]
+    assert row["seeds"] == 1  # seed 1, whose errors are larger by 0.01, would make it -0.105
+    assert row[["difference", "low", "high"]].to_numpy() == pytest.approx(-0.1)
+    gain = pd.read_csv(tables / "text_gain.csv").set_index("target")
+    assert (gain.loc["band_gap", "seeds"] == 1).all() and (gain.loc["total_energy", "seeds"] == 2).all()
+    shown = comparison_rows(tables / "comparisons.csv", ["band_gap", "total_energy"], 2)[0][1]
+    assert [cell["short"] for cell in shown] == ["1 of 2 seeds", ""]
+    assert [cell["verdict"] for cell in shown] == ["", "near"]
+    shutil.rmtree(results / "runs" / "band_gap" / "cast")
+    compared = pd.read_csv(aggregate(results) / "comparisons.csv")
+    assert "cast" not in set(compared.loc[compared["target"] == "band_gap", "model"])
+
+
+def test_models_are_not_compared_on_fewer_than_five_crystals(results):
+    for file in (results / "runs" / "band_gap").glob("*/*/predictions.parquet"):
+        frame = pd.read_parquet(file)
+        pd.concat([frame[frame["split"] != "test"], frame[frame["split"] == "test"][:4]]).to_parquet(file)
+    compared = pd.read_csv(aggregate(results) / "comparisons.csv").set_index("target")
+    assert (compared.loc["band_gap", "n"] == 4).all()
+    assert compared.loc["band_gap", ["difference", "low", "high"]].isna().all(axis=None)
+    assert compared.loc["total_energy", "low"].notna().all()
 
 
 def test_the_tables_are_the_same_bytes_again(results):

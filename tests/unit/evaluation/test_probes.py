@@ -21,7 +21,8 @@ from castbench.evaluation.text_attention import extract_text_attention
 from castbench.provenance import write_json
 from castbench.text.reading import LABELS, SPECIAL, Reader
 from castbench.training.dataset import Crystals
-from small_study import SEEDS, TEXTS
+from castbench.training.objectives import random_mask
+from small_study import MASKED, SEEDS, TEXTS
 
 TESTED = ["m-1", "m-2", "m-3", "m-4", "m-5", "m-6"]  # m-0 has no text, m-7 no graph
 MODELS = ("cast", "crysmmnet_frozen", "crysmmnet_lora", "text_only", "masked_node")
@@ -147,6 +148,11 @@ def test_hidden_nodes_are_counted(study, encoder, folder):
     frame = read(folder, "masked_node")
     assert frame["truth"].between(1, 4).all() and (frame["value"] <= frame["truth"]).all()
     assert (frame.groupby("material_id")["truth"].agg(np.ptp) == 0).all()
+    crystals = subject_of(study, encoder, "masked_node").crystals
+    for row, material_id in enumerate(crystals.material_ids):  # the share of pretraining, of each crystal
+        if material_id in set(frame["material_id"]):
+            mask = random_mask(crystals.batch(torch.tensor([row])).node_offsets, MASKED, "probe", row)
+            assert (frame.loc[frame["material_id"] == material_id, "truth"] == mask.sum().item()).all()
 
 
 def test_a_sample_is_drawn_and_a_run_without_result_is_empty(study, encoder, tmp_path):

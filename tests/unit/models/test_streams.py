@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from castbench.models.streams import beside
 from castbench.training.recorder import Recorder
+from castbench.training.turns import take_turns
 
 ON_GPU = torch.cuda.is_available()
 
@@ -40,6 +43,22 @@ def test_what_runs_beside_gives_the_same_bits(problem):
         found.append([loss, *torch.autograd.grad(loss, list(layers.parameters()))])
         torch.empty_like(tokens).fill_(torch.nan)
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_of_runs_side_by_side_each_keeps_to_its_own_stream():
+    read, streams = SimpleNamespace(is_cuda=True), []  # its stream cannot be taken
+
+    def run():
+        for _ in range(2):
+            with beside(read) as join:
+                streams.append(torch.cuda.current_stream() if ON_GPU else None)
+            join()
+            yield
+
+    take_turns([run(), run()], 2, torch.device("cuda" if ON_GPU else "cpu"))
+    assert len(streams) == 4 and streams[0] == streams[2] and streams[1] == streams[3]
+    with pytest.raises((AttributeError, AssertionError)):
+        take_turns([run()], 1, torch.device("cpu"))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU records")

@@ -95,10 +95,11 @@ def settings():
 @pytest.fixture(scope="session")
 def config(settings):
     """The part of a configuration that the report reads."""
-    keys = ("dataset", "targets", "models", "structure_encoder", "text_encoder")
+    keys = ("dataset", "targets", "models", "structure_encoder", "text_encoder", "max_tokens")
     config = {key: settings[key] for key in keys}
+    materials = {key: settings[key] for key in ("source", "sample", "filters", "split")}
     return config | {
-        "materials": {"source": "demo", "path": "somewhere/crystals.jsonl.zst"},
+        "materials": materials | {"path": "somewhere/crystals.jsonl.zst"},
         "training": {"seeds": settings["seeds"]},
     }
 

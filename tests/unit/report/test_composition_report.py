@@ -22,12 +22,12 @@ SETTINGS = {
 
 
 def record(shift: float) -> dict:
-    truth = np.array([0.0, 1.0, 2.0, 3.0] * 2)
+    truth = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0] * 2)
     predictions = pd.DataFrame(
         {
-            "formula": list("abcdefgh"), "split": ["validation"] * 4 + ["test"] * 4,
+            "formula": list("abcdefghijkl"), "split": ["validation"] * 6 + ["test"] * 6,
             "band_gap_true": truth, "band_gap_pred": truth + shift,
-            "stability_true": [0, 1, 0, 1] * 2, "stability_pred": [0.1, 0.4, 0.2, 0.3] * 2,
+            "stability_true": [0, 1] * 6, "stability_pred": [0.1, 0.4, 0.2, 0.3, 0.1, 0.4] * 2,
         }
     )  # fmt: skip
     scores = score_run(predictions, ["band_gap"], ["stability"])
@@ -56,6 +56,16 @@ def test_the_gap_table_has_every_run_and_the_reports_row(runs: dict):
     assert table.loc["baseline", "minus_edm"] == pytest.approx(0.8)
     assert table.loc["edm_report", "mae_mean"] == 0.4267
     assert difference(runs, SETTINGS, "edm_transformer", "band_gap")["minus_edm"] is None
+
+
+def test_a_difference_is_of_common_seeds_and_at_least_five_formulas(runs: dict):
+    runs["baseline", 1] = record(5.0)  # a seed that the EDM Transformer did not finish
+    found = difference(runs, SETTINGS, "baseline", "band_gap")
+    assert found["minus_edm"] == pytest.approx(0.8) and found["n_common"] == 6
+    kept = runs["baseline", 0]["predictions"]
+    runs["baseline", 0]["predictions"] = kept[~kept["formula"].isin(["k", "l"])]
+    found = difference(runs, SETTINGS, "baseline", "band_gap")
+    assert np.isnan(found["minus_edm"]) and np.isnan(found["low"]) and found["n_common"] == 4
 
 
 def test_a_class_row_has_every_average():

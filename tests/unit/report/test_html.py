@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from castbench.config import table_settings
 from castbench.provenance import write_json
 from castbench.report.attention import plot_evidence
 from castbench.report.html import (
@@ -166,11 +168,11 @@ def test_attention_is_given_in_numbers_with_their_crystals(page):
 
 
 def test_groups_of_fewer_than_five_crystals_have_no_interval(tmp_path):
-    rows = [("total_energy", "eV/atom", "all", "all", -0.2, -0.3, -0.1, 9),
-            ("total_energy", "eV/atom", "sites", "1", 0.1, "", "", 3)]  # fmt: skip
-    columns = ["target", "unit", "by", "group", "difference", "low", "high", "n"]
+    rows = [("total_energy", "eV/atom", "all", "all", -0.2, -0.3, -0.1, 9, 3),
+            ("total_energy", "eV/atom", "sites", "1", 0.1, "", "", 3, 3)]  # fmt: skip
+    columns = ["target", "unit", "by", "group", "difference", "low", "high", "n", "seeds"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "gain.csv", index=False)
-    found = gain_rows(tmp_path / "gain.csv", ["total_energy", "band_gap"])
+    found = gain_rows(tmp_path / "gain.csv", ["total_energy", "band_gap"], 3)
     assert [(by, group) for by, group, _ in found] == [("all", "all"), ("sites", "1")]
     assert found[0][2][0]["verdict"] == "near" and found[0][2][1] is None
     assert found[1][2][0]["verdict"] == ""
@@ -215,18 +217,12 @@ def test_a_report_without_attention(results, config, tmp_path):
     assert "No finished run of a model that reads text" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("source", "encoder", "badge"),
-    [
-        ("demo", "minilm", "demo"),
-        ("local", "matscibert", "own data"),
-        ("materials_project", "matscibert", "paper"),
-    ],
-)
-def test_badge(source, encoder, badge):
-    settings = {"source": source, "structure_encoder": "cogn", "text_encoder": encoder}
-    assert kind_of_run(settings)["badge"] == badge
-    assert kind_of_run(settings | {"structure_encoder": "alignn"})["badge"] != "paper"
+def test_badge(root, settings):
+    paper = table_settings(yaml.safe_load((root / "workflow" / "presets" / "paper.yaml").read_text()))
+    assert kind_of_run(settings)["badge"] == "demo"
+    assert kind_of_run(paper)["badge"] == "paper"
+    for other in ({"source": "local"}, {"structure_encoder": "alignn"}, {"sample": 1000}):
+        assert kind_of_run(paper | other)["badge"] == "own data"
 
 
 def test_deviations_are_complete(root):
@@ -248,8 +244,9 @@ def test_code_is_marked_and_everything_escaped():
     assert str(code("set `a: <b>` & go")) == "set <code>a: &lt;b&gt;</code> &amp; go"
 
 
-def test_the_papers_values_are_compared_and_coloured_where_they_can_be(results, config, tmp_path):
-    paper = config | {"text_encoder": "matscibert", "materials": {"source": "materials_project", "path": "x"}}
+def test_the_papers_values_are_compared_and_coloured_where_they_can_be(root, results, config, tmp_path):
+    paper = yaml.safe_load((root / "workflow" / "presets" / "paper.yaml").read_text())
+    paper = config | {key: paper[key] for key in ("materials", "text_encoder")}
     render_report(paper, results, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert '<small class="far">paper 0.256 (0.045), difference +0.349</small>' in page
