@@ -68,7 +68,8 @@ def aggregated(folder: Path, content: list[dict[str, str]]) -> Path:
 
 def split(folder: Path, **settings) -> None:
     """Run split_compositions in a folder of `aggregated`."""
-    settings = {"seed": 0, "fractions": [0.6, 0.2, 0.2], "classification": CLASSES} | settings
+    given = {"seed": 0, "fractions": [0.6, 0.2, 0.2], "regression": ["band_gap"], "classification": CLASSES}
+    settings = given | settings
     split_compositions(
         settings, folder / "polymorphs.parquet", folder / "compositions.parquet", folder / "split.json"
     )

@@ -175,6 +175,7 @@ def killed_and_unbroken(
         for _ in range(KILLS):
             assert run_job(command(killed), interval=0, point=draw.randint(1, round(1.1 * steps))) == KILLED
         assert run_job(command(killed), interval=0) == 0
+        assert not [*killed.rglob(".*.partial")], "half-written files of killed processes are left"
         found = bytes_of(killed / run)
         if found != expected:
             break

@@ -35,6 +35,8 @@ OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
     "masked_node": (("structure", "cross_attention"), "choice"),
     "contrastive": (("structure", "contrastive"), "frozen"),
 }
+ENERGY_FILTERS = ("max_formation_energy", "max_energy_above_hull", "min_formation_energy")
+DEMO = "workflow/resources/demo/crystals.jsonl.zst"  # the crystals of the source demo
 # keys of `training` that the composition study shares
 DEVICE_KEYS = ("precision", "device", "devices", "num_nodes", "threads")
 # model of the composition study: (sizes under `compositions`, loss of its classifications)
@@ -99,11 +101,17 @@ def check(config: Config) -> None:
         raise InputError(
             "materials.columns: the Materials Project's fields have names of their own; make it {}"
         )
+    if materials["source"] == "demo" and (materials["columns"] or materials["path"] != DEMO):
+        raise InputError(
+            "materials.source: demo reads the bundled crystals; for your own path or columns make it local"
+        )
+    if materials["source"] == "local" and materials["path"] == DEMO:
+        raise InputError("materials.path: names the bundled crystals; name your own file or folder")
     fractions = materials["split"]["fractions"]
     if abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
     if config["study"] == "compositions":
-        check_compositions(config["compositions"])
+        check_compositions(config)
 
 
 def check_matbench(config: Config) -> None:
@@ -124,9 +132,8 @@ def check_matbench(config: Config) -> None:
         )
     if not here:
         return
-    energies = ("max_formation_energy", "max_energy_above_hull", "min_formation_energy")
     filters = materials["filters"]
-    on = [f"filters.{key}" for key in energies if filters[key] is not None]
+    on = [f"filters.{key}" for key in ENERGY_FILTERS if filters[key] is not None]
     on += [f"filters.{key}" for key in ("abx3", "exclude_noble_gases") if filters[key]]
     on += ["sample"] * (materials["sample"] is not None) + ["columns"] * bool(materials["columns"])
     if on:
@@ -142,12 +149,18 @@ def check_matbench(config: Config) -> None:
         )
 
 
-def check_compositions(section: Config) -> None:
-    """Check what the schema cannot express of the section `compositions`.
+def check_compositions(config: Config) -> None:
+    """Check what the schema cannot express of the study of compositions.
 
     Raises:
-        InputError: what the screening and the figures need is not trained.
+        InputError: what the screening and the figures need is not trained, or not every formula is taken.
     """
+    section, materials = config["compositions"], config["materials"]
+    on = [f"filters.{key}" for key in ENERGY_FILTERS if materials["filters"][key] is not None]
+    if on := on + ["sample"] * (materials["sample"] is not None):
+        raise InputError(
+            f"materials.{on[0]}: the study of compositions takes every formula of the source; make it null"
+        )
     if "edm_transformer" not in section["models"]:
         raise InputError("compositions.models: edm_transformer is missing, with which the screening predicts")
     if "band_gap" not in section["regression"] or "stability" not in section["classification"]:
@@ -182,11 +195,14 @@ def source_settings(config: Config) -> Config:
 
 
 def source_files(config: Config) -> list[str]:
-    """The files that the materials are read from; none for a download from the Materials Project."""
+    """The files that the materials are read from, all of a folder; none for the Materials Project."""
     settings = source_settings(config)
     if "files" in settings:
         return list(settings["files"].values())
     file = settings.get("path") or settings.get("snapshot")
+    if file and Path(file).is_dir():  # its own time says nothing of theirs
+        files = (path for path in Path(file).rglob("*") if path.is_file() and not path.name.startswith("."))
+        return sorted(map(str, files))
     return [file] if file else []
 
 

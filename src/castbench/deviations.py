@@ -8,6 +8,6 @@ FILE = Path(__file__).resolve().parents[2] / "workflow" / "resources" / "deviati
 
 
 def deviations(study: str) -> list[dict[str, str]]:
-    """The entries that speak of a study, "cast" or "compositions"."""
+    """The entries that speak of a study, "cast", "compositions" or "matbench"."""
     entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return [entry for entry in entries if entry.get("study", "cast") == study]

@@ -128,6 +128,14 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"materials": {"snapshot": "a.jsonl.zst"}}, "materials.snapshot"),
         ({"materials": {"source": "local", "database_version": "2025.09.25"}}, "materials.database_version"),
         ({"materials": {"source": "materials_project", "columns": {"text": "t"}}}, "materials.columns"),
+        ({"materials": {"path": "my.jsonl"}}, "materials.source: demo"),
+        ({"materials": {"columns": {"text": "t"}}}, "materials.source: demo"),
+        ({"materials": {"source": "local"}}, "materials.path: names the bundled"),
+        ({"study": "compositions", "materials": {"sample": 10}}, "materials.sample"),
+        (
+            {"study": "compositions", "materials": {"filters": {"max_energy_above_hull": 0.05}}},
+            "materials.filters.max_energy_above_hull",
+        ),
     ],
 )
 def test_contradictions_are_named(config: dict, change: dict, named: str):
@@ -266,6 +274,16 @@ def test_the_source_depends_on_its_own_keys(config: dict):
     assert meaning.source_settings(merged(config, provided))["descriptions"]
     assert meaning.source_files(config) == []
     assert meaning.source_files(merged(config, {"materials": {"snapshot": "a.zst"}})) == ["a.zst"]
+
+
+def test_every_file_of_a_folder_is_an_input(config: dict, tmp_path: Path):
+    """A file that is written again leaves its folder's time as it was."""
+    for name in ("b.cif", "more/a.cif", "labels.csv", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder = merged(config, {"materials": {"source": "local", "path": str(tmp_path)}})
+    names = ("b.cif", "labels.csv", "more/a.cif")
+    assert meaning.source_files(folder) == [str(tmp_path / name) for name in names]
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     )  # fmt: skip
 
     def copy() -> Path:
-        folder = tmp_path_factory.mktemp("clone") / "castbench"
+        folder = tmp_path_factory.mktemp("clone") / "my castbench"  # as folders are called
         for name in listed.stdout.splitlines():
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

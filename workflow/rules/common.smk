@@ -5,6 +5,7 @@ Rules pass `settings`, the part of the configuration that they depend on, as JSO
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -37,7 +38,9 @@ except InputError as error:
     raise WorkflowError(f"config: {error}")
 
 # Robocrystallographer's word order depends on the hash seed; the package is imported from src/.
-shell.prefix(f"set -euo pipefail; export PYTHONHASHSEED=0 PYTHONPATH={sys.path[0]}; ")
+shell.prefix(
+    f"set -euo pipefail; export PYTHONHASHSEED=0 PYTHONPATH={shlex.quote(sys.path[0])}; "
+)
 
 deployment = workflow.deployment_settings
 if DeploymentMethod.CONDA in deployment.deployment_method and not (

@@ -70,6 +70,7 @@ rule split_compositions:
         settings=settings(
             "materials.split.seed",
             "materials.split.fractions",
+            "compositions.regression",
             "compositions.classification",
         ),
     shell:

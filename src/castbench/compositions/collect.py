@@ -16,7 +16,7 @@ from pymatgen.core import Composition
 from castbench.compositions.formulas import check_slots, is_abx3, parse_formula
 from castbench.errors import InputError
 from castbench.materials.readers import BATCH, Source
-from castbench.materials.records import LABELS, STRUCTURE, Columns, is_missing, read_label
+from castbench.materials.records import LABELS, STRUCTURE, Columns, is_missing, what_is_possible
 from castbench.materials.sources import SOURCES, Seen, Tally
 from castbench.materials.structures import RecordError, read_crystal
 from castbench.provenance import atomic_path, write_json
@@ -60,6 +60,7 @@ def collect_compositions(settings: dict[str, Any], output: Path, manifest: Path)
         {
             **tally.account(settings, source),
             "missing": {label: tally.missing[label] for label in READ},
+            "invalid": {label: tally.invalid[label] for label in READ},  # among the missing
         },
     )
     log.info("%s: %d ABX3 compounds of %d records", source.origin, tally.kept, tally.read)
@@ -81,7 +82,10 @@ def read_rows(source: Source, columns: Columns, tally: Tally, max_elements: int)
                 tally.by_reason["not ABX3"] += 1
                 continue
             check_slots(composition, max_elements)
-            labels = {label: read_label(columns.get(record, label), label) for label in READ}
+            labels, invalid = columns.read_labels(record, READ)
+            if "energy_above_hull" in invalid:
+                given, possible = invalid["energy_above_hull"], what_is_possible("energy_above_hull")
+                raise RecordError("impossible energy above hull", f"{repr(given)[:40]}, and not {possible}")
             if labels["energy_above_hull"] is None:
                 raise RecordError(
                     "no energy above hull", f"{composition.reduced_formula}: neither stable nor not"
@@ -92,8 +96,7 @@ def read_rows(source: Source, columns: Columns, tally: Tally, max_elements: int)
         except RecordError as error:
             tally.reject(f"{identifier} ({name})" if identifier else name, error)
             continue
-        tally.kept += 1
-        tally.missing.update(label for label, value in labels.items() if value is None)
+        tally.keep(name, labels, invalid)
         yield {"formula": composition.reduced_formula, "material_id": identifier, **labels}
 
 

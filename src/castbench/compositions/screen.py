@@ -39,27 +39,34 @@ SHARES = (0.01, 0.05, 0.10)  # of the list, for enrichment
 
 
 class Ensemble:
-    """The runs of a model over all seeds.
+    """The finished runs of a model; a seed whose run is not costs a line in the log.
 
     Raises:
-        InputError: a run is missing or not finished.
+        InputError: no run is finished.
     """
 
     def __init__(self, settings: dict[str, Any], folder: Path, seeds: list[int], device: torch.device):
-        self.device, self.seeds = device, seeds
+        self.device = device
+        self.seeds: list[int] = []
         self.classification = list(settings["classification"])
         targets = [*settings["regression"], *settings["classification"]]
         self.members: list[tuple[CompositionNetwork, dict[str, tuple[float, float]]]] = []
         for seed in seeds:
             record = read_run(folder / str(seed))
             if record["status"] != "finished":
-                raise InputError(f"{folder / str(seed)}: is {record['status']}; train the model first")
+                log.warning("%s: %s, %s; left out", folder / str(seed), record["status"], record["reason"])
+                continue
             network = build_composition_model(
                 settings["model"], settings["architecture"], targets, settings["training"]["task_weights"]
             )
             network.load_trained_state(load_file(folder / str(seed) / "model.safetensors"))
             scale = {target: (s["mean"], s["std"]) for target, s in record["scale"].items()}
             self.members.append((network.to(device).eval(), scale))
+            self.seeds.append(seed)
+        if not self.members:
+            raise InputError(
+                f"{folder}: no run is finished, of seeds {', '.join(map(str, seeds))}; see the lines above"
+            )
 
     def predict(self, numbers: np.ndarray, fractions: np.ndarray) -> dict[str, np.ndarray]:
         """{target: (seeds, n)} numbers in their unit and probabilities of class 1."""
@@ -94,7 +101,7 @@ def screen_compositions(
 
     Args:
         settings: {model, architecture, regression, classification, training, screening}.
-        seeds: whose runs predict.
+        seeds: whose runs predict, those that finished.
         runs: folder of the model, with a folder a seed.
         compositions: table of aggregate_compositions: what is known.
         split: of split_compositions: which part of it was for training.
@@ -105,7 +112,7 @@ def screen_compositions(
         threads: cores that the job has.
 
     Raises:
-        InputError: an unknown element, a missing run, or nothing is left to predict.
+        InputError: an unknown element, no finished run, or nothing is left to predict.
     """
     screening = settings["screening"]
     fabric = open_session(settings["training"] | ONE_DEVICE, threads)
@@ -117,7 +124,7 @@ def screen_compositions(
     unranked = output.with_suffix(".unranked")
     unranked.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with pq.ParquetWriter(unranked, schema(settings, seeds), compression="zstd") as writer:
+        with pq.ParquetWriter(unranked, schema(settings, ensemble.seeds), compression="zstd") as writer:
             for candidates in embedded(enumerate_candidates(screening), counts):
                 for start in range(0, len(candidates.a), CHUNK):
                     chunk = pieces(candidates, slice(start, start + CHUNK))
@@ -139,7 +146,7 @@ def screen_compositions(
         "steps": [{"step": step, "left": counts[step]} for step in STEPS],
         "predicted": len(every),
         "in_window": int(fits.sum()),
-        "seeds": seeds,
+        "seeds": ensemble.seeds,
         "known": known_counts(output),
     }
     sizes = {name: len(screening[name] or known_elements()) for name in ("a", "b", "x")}
@@ -281,10 +288,11 @@ def validate_screening(
     known = read_known(compositions, split, settings["classification"]["stability"])
     hidden = sum(part == "test" and stable for part, stable in known.values())
     share = len(lists["test"]) / sum(len(lists[part]) for part in PARTS)
+    seeds = [seed for seed in settings["seeds"] if f"stability_seed_{seed}" in table]  # that finished
     unseen = table[~table["known"].isin(["train", "validation"])]
     pools = {
-        "in_window": validate_pool(unseen[unseen["in_window"]], settings["seeds"]),
-        "allowed": validate_pool(unseen, settings["seeds"]),
+        "in_window": validate_pool(unseen[unseen["in_window"]], seeds),
+        "allowed": validate_pool(unseen, seeds),
     }
     write_json(output, {"n_hidden_stable": hidden, "hidden_share": share, "pools": pools})
     for name, pool in pools.items():

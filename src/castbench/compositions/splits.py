@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from castbench.compositions.targets import class_values
+from castbench.compositions.targets import class_values, composition_values
 from castbench.errors import InputError
-from castbench.labels import CLASS_TARGETS
+from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.splits import PARTS, assign, checksum, load_split, write_split
 from castbench.provenance import write_json
 
@@ -23,14 +23,14 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
     """Assign every formula to train, validation or test, stratified by stability.
 
     Args:
-        settings: `seed`, `fractions` (three, summing to 1), and `classification`, which has the threshold of
-            `stability` (eV/atom).
+        settings: `seed`, `fractions` (three, summing to 1), `regression`, targets that every part must have,
+            and `classification`, which has the threshold of `stability` (eV/atom).
         polymorphs: table of collect_compositions, for the leakage of a split by rows.
         compositions: table of aggregate_compositions.
         output: JSON file to write: formulas of each part, sorted, with a checksum.
 
     Raises:
-        InputError: too few formulas, or all of one class.
+        InputError: too few formulas, all of one class, or a part without a value of a target.
     """
     table = pq.read_table(compositions)
     formulas = table["formula"].to_pylist()
@@ -57,6 +57,13 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
         raise InputError(
             f"{compositions}: {len(formulas)} formulas leave {empty[0]} empty; change the fractions"
         )
+    for name, values in composition_values(table, settings["regression"], {}).items():
+        known = {formula for formula, value in zip(formulas, values, strict=True) if np.isfinite(value)}
+        if lacking := [part for part in PARTS if not known & set(lists[part])]:
+            raise InputError(
+                f"{compositions}: {len(known)} of {len(formulas)} formulas have a {name}, and none in "
+                f"{lacking[0]}; map the column {TARGETS[name].column}, or change compositions.regression"
+            )
     header = {"seed": seed, "fractions": settings["fractions"], "stability_threshold": threshold}
     by_class = {
         name: {target.positive: int(stable[chosen].sum()), target.negative: int((1 - stable[chosen]).sum())}

@@ -251,7 +251,8 @@ def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> 
             if difference.empty:
                 continue
             mean, low, high = mean_interval(difference.to_numpy())
-            row = {"target": target, "unit": TARGETS[target].unit, "model": model, "minus": other}
+            row: dict[str, Any] = {"target": target, "unit": TARGETS[target].unit}
+            row |= {"model": model, "minus": other}
             row |= {"difference": mean, "low": low, "high": high, "n": len(difference), "seeds": seeds}
             rows.append(row)
     columns = ["target", "unit", "model", "minus", "difference", "low", "high", "n", "seeds"]

@@ -27,10 +27,11 @@ def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path,
         seeds: whose runs are looked at.
         runs: folder of the model, with a folder a seed.
         output: JSON file to write. `edm`: its matrix (slots, 466). `attention`: tokens, [CLS] first and
-            padding last, and for every seed the weights (layers, heads, queries, keys), 0 at padding.
+            padding last, and for every seed that finished the weights (layers, heads, queries, keys), 0 at
+            padding.
 
     Raises:
-        InputError: a formula that cannot be encoded, or a missing run.
+        InputError: a formula that cannot be encoded, or no finished run.
     """
     try:
         numbers, fractions = encode_formulas(
@@ -41,7 +42,7 @@ def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path,
     ensemble = Ensemble(settings, runs, seeds, torch.device("cpu"))
     batch = CompositionBatch(torch.from_numpy(numbers[1:]).long(), torch.from_numpy(fractions[1:]))
     found = {}
-    for seed, (network, _) in zip(seeds, ensemble.members, strict=True):
+    for seed, (network, _) in zip(ensemble.seeds, ensemble.members, strict=True):
         assert isinstance(network, EDMTransformer)
         with torch.inference_mode():
             _, mask, maps = network.encode(batch, weights=True)

@@ -145,13 +145,13 @@ def read_structure_run(settings: dict[str, Any], results: Path, model: str, seed
     known = pd.read_parquet(results / "compositions.parquet").set_index("material_id")
     cut = settings["classification"]["stability"]
     record: dict[str, Any] = {"status": "missing", "reason": "no run", "scores": {}, "cost": {}}
-    frames = []
+    frames, unfinished = [], {}
     for target in ("band_gap", "energy_above_hull"):
         folder = results / "runs" / target / model / str(seed)
         own = read_run(folder)
         if own["status"] != "finished":
             if target in settings["targets"]:
-                record |= {"status": own["status"], "reason": own["reason"]}
+                unfinished = {"status": own["status"], "reason": f"{target}: {own['reason']}"}
             continue
         frame = pd.read_parquet(folder / "predictions.parquet")
         frame["formula"] = known["formula"].reindex(frame["material_id"]).to_numpy()
@@ -159,6 +159,7 @@ def read_structure_run(settings: dict[str, Any], results: Path, model: str, seed
         frames.append(frame.drop(columns="material_id").set_index(["formula", "split"]))
         record |= {"status": "finished", "reason": None, "n": own["n"], "parameters": own["parameters"]}
         record["cost"] = read_json(folder / "cost.json")
+    record |= unfinished  # of two runs, neither hides that the other failed
     if not frames:
         return record
     joined = pd.concat(frames, axis=1).reset_index()
@@ -334,11 +335,11 @@ def run_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, A
 
 
 def enrichment_table(found: dict[str, Any], seeds: list[int]) -> pd.DataFrame:
-    """The screening's enrichment in both pools: by the seeds' mean (seed empty), then by every seed."""
+    """The screening's enrichment in both pools: by the seeds' mean (seed empty), then by each finished."""
     rows = []
     for name in ("in_window", "allowed"):
         pool = found["pools"][name]
-        for seed in (None, *seeds):
+        for seed in (None, *(seed for seed in seeds if str(seed) in pool)):
             own = pool["mean" if seed is None else str(seed)]
             areas = {key: own[key] for key in ("roc_auc_pool", "roc_auc_hidden")}
             sizes = {"n_pool": pool["n"], "n_hidden_in_pool": pool["n_hidden"]}

@@ -14,7 +14,7 @@ from pymatgen.core import Structure
 
 from castbench.errors import InputError
 from castbench.graphs.build import build_graphs
-from castbench.materials.readers import READERS, Record, read_records
+from castbench.materials.readers import READERS, Record, read_records, uncompressed
 from castbench.materials.records import SCHEMA, Columns, Material, to_table
 from castbench.materials.structures import RecordError
 from castbench.text.descriptions import describe_shard, gather_descriptions
@@ -24,18 +24,19 @@ from castbench.text.tokens import PackedTokens, tokenize_text
 
 log = logging.getLogger(__name__)
 
-# Files that are looked at in a folder; one that is given itself may be called anything that pymatgen knows.
+# Files of a folder that are looked at, compressed or not; one that is named itself may be called anything.
 IN_FOLDERS = (
     "*.cif",
     "*.mcif",
-    "*POSCAR*",
-    "*CONTCAR*",
+    "*poscar*",
+    "*contcar*",
     "*.vasp",
     "*.xsf",
     "*.res",
-    "vasprun*.xml*",
+    "vasprun*.xml",
     "*.json",
 )
+SHOWN = 5  # names of files that were passed over
 TIME_LIMIT = 600  # seconds for the description of a crystal
 CHUNK = 1000  # crystals held at once
 
@@ -48,14 +49,21 @@ def read_files(paths: Iterable[Path]) -> Iterator[Record]:
     """
     for path in paths:
         if path.is_dir():
-            files = (file for file in sorted(path.rglob("*")) if file.is_file())
-            yield from read_files(
-                file
-                for file in files
-                if not file.name.startswith(".") and any(fnmatch.fnmatch(file.name, k) for k in IN_FOLDERS)
-            )
+            files = [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+            crystals = [file for file in files if is_crystal(file)]
+            if others := [file.name for file in files if not is_crystal(file)]:
+                names = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+                log.warning(
+                    "%s: %d files passed over, no crystals by their names: %s", path, len(others), names
+                )
+            yield from read_files(crystals)
             continue
         yield from named(path, read_file(path))
+
+
+def is_crystal(file: Path) -> bool:
+    """Whether a file in a folder is looked at."""
+    return any(fnmatch.fnmatchcase(uncompressed(file).lower(), kind) for kind in IN_FOLDERS)
 
 
 def named(path: Path, records: Iterable[Record]) -> Iterator[Record]:
@@ -71,7 +79,7 @@ def read_file(path: Path) -> Iterator[Record]:
     """Records of one file, see `read_files`."""
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
-    own = any(path.name.lower().removesuffix(".zst").removesuffix(".gz").endswith(end) for end in READERS)
+    own = uncompressed(path).lower().endswith(tuple(READERS))
     if own and path.suffix != ".json":
         yield from read_records(path)
         return
@@ -88,7 +96,13 @@ def read_file(path: Path) -> Iterator[Record]:
     yield path.name, {"material_id": name, "structure": structure.as_dict()}
 
 
-def write_materials(paths: Iterable[Path], output: Path) -> tuple[list[str], int]:
+def read_columns(manifest: Path) -> Columns:
+    """The column mapping of a data set by its manifest, and default names for what has others."""
+    mapping = json.loads(manifest.read_text(encoding="utf-8"))["columns"] if manifest.exists() else {}
+    return Columns(mapping, fallback=True)
+
+
+def write_materials(paths: Iterable[Path], columns: Columns, output: Path) -> tuple[list[str], int]:
     """Write the usable crystals of files as materials.parquet; each of the others costs a line in the log.
 
     Returns:
@@ -97,7 +111,6 @@ def write_materials(paths: Iterable[Path], output: Path) -> tuple[list[str], int
     sources: list[str] = []
     kept: list[Material] = []
     failures = 0
-    columns = Columns({})
     with pq.ParquetWriter(output, SCHEMA) as writer:
         for name, record in read_files(paths):
             try:
@@ -116,9 +129,8 @@ def write_materials(paths: Iterable[Path], output: Path) -> tuple[list[str], int
     return sources, failures
 
 
-def read_formulas(given: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+def read_formulas(given: Iterable[Path], columns: Columns) -> Iterator[tuple[str, Any]]:
     """Formulas as they are given, or in the column `formula` of tables; a RecordError for what has none."""
-    columns = Columns({})
     for word in given:
         if not word.exists():
             yield str(word), str(word)

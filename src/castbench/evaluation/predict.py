@@ -15,6 +15,7 @@ from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.new_crystals import (
     make_caches,
     make_states,
+    read_columns,
     read_formulas,
     run_encoder,
     write_materials,
@@ -23,7 +24,7 @@ from castbench.evaluation.trained import load_run, read_config
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.structures import RecordError
 from castbench.models import COMPOSITION_REGISTRY
-from castbench.provenance import atomic_path
+from castbench.provenance import atomic_path, sha256_file
 from castbench.report import tables
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import in_unit
@@ -48,15 +49,16 @@ def predict(run: Path, crystals: list[Path], /, output: Path = OUTPUT, threads: 
         run: results/{dataset}/runs/{target}/{model}, or one seed's folder in it; of a model of formulas,
             results/{dataset}/composition_runs/{model}.
         crystals: files and folders: CIF, POSCAR and whatever else pymatgen reads; tables (JSON lines, CSV,
-            Parquet) with columns as for `materials.source: local`; rows of materials.parquet. For a model of
-            formulas: formulas, and tables with a column of them.
+            Parquet) with columns as those that the run's data set was read from, or called as ours; rows of
+            materials.parquet. For a model of formulas: formulas, and tables with a column of them.
         output: CSV, or Parquet by its ending: id, source (file, or file:row), formula, and in the target's
             unit the mean over seeds, their sample standard deviation (none for one seed), and each seed's
             prediction; of a class, the probability.
         threads: processes that build graphs.
 
     Raises:
-        InputError: no run here is finished; something has no prediction, after all others have theirs.
+        InputError: no run here is finished; graphs or tokens have changed since; something has no prediction,
+            after all others have theirs.
     """
     runs = finished_runs(run)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,13 +89,21 @@ def predict_crystals(
     """A row a crystal, and the number of those that have none; `room` is a folder for temporary files."""
     record, config = read_run(runs[0]), read_config(runs[0])
     results, target = runs[0].resolve().parents[3], TARGETS[record["target"]]
+    for run in runs:
+        check_caches(run, results)
     encoder = run_encoder(record, results)
     with tempfile.TemporaryDirectory(dir=room, prefix=".predict") as temporary:
         folder = Path(temporary)
         materials = folder / "materials.parquet"
-        sources, failures = write_materials(crystals, materials)
+        mapping = read_columns(results / "materials" / "manifest.json")
+        sources, failures = write_materials(crystals, mapping, materials)
         if not sources:
-            raise InputError(f"none of the {failures} crystals can be read; the lines above say why")
+            given = ", ".join(map(str, crystals))
+            raise InputError(
+                f"none of the {failures} crystals can be read; the lines above say why"
+                if failures
+                else f"{given}: there is no crystal; name files of any kind that `predict --help` lists"
+            )
         make_caches(materials, folder, results, encoder, threads)
         found, predicted = predict_runs(runs, config, folder, results, encoder)
         names = pq.read_table(materials, columns=["material_id", "formula"]).take(found.tolist()).to_pandas()
@@ -106,6 +116,21 @@ def predict_crystals(
         }
     )
     return table, failures + len(sources) - len(table)
+
+
+def check_caches(run: Path, results: Path) -> None:
+    """Refuse to predict by the settings of other caches than the run was trained on.
+
+    Raises:
+        InputError: the graphs or tokens of the data set are not those of the run.
+    """
+    for name, checksum in read_run(run)["inputs"].items():
+        if name in ("graphs", "tokens") and checksum:
+            manifest = results / name / "manifest.json"
+            if not manifest.exists() or sha256_file(manifest) != checksum:
+                raise InputError(
+                    f"{results / name}: not what {run} was trained on; make it as it was, or train again"
+                )
 
 
 def predict_formulas(runs: list[Path], given: list[Path]) -> tuple[pd.DataFrame, int]:
@@ -124,7 +149,8 @@ def predict_formulas(runs: list[Path], given: list[Path]) -> tuple[pd.DataFrame,
     seeds = [int(run.name) for run in runs]
     ensemble = Ensemble(config | {"model": record["model"]}, runs[0].parent, seeds, fabric.device)
     names, encoded, failures = [], [], 0
-    for name, formula in read_formulas(given):
+    mapping = read_columns(runs[0].resolve().parents[2] / "compositions" / "manifest.json")
+    for name, formula in read_formulas(given, mapping):
         try:
             if isinstance(formula, RecordError):
                 raise formula

@@ -24,6 +24,7 @@ from castbench.provenance import atomic_path, write_json
 log = logging.getLogger(__name__)
 NOBLE_GASES = ("He", "Ne", "Ar", "Kr", "Xe", "Rn", "Og")
 ALL = tuple(TARGETS)
+NO_VALUE = "no value"  # the filter of crystals without the target
 MODULI = ("k_voigt", "k_reuss", "k_vrh", "g_voigt", "g_reuss", "g_vrh")
 MODULUS_TARGETS = tuple(name for name in TARGET_ORDER if TARGETS[name].column in MODULI)
 ROUNDING = 1e-6  # GPa; in a cubic crystal the three averages of K are one number, up to rounding
@@ -68,7 +69,7 @@ def paper_filters(settings: Mapping[str, Any]) -> Iterator[Filter]:
         yield Filter("abx3", ALL, is_not_abx3)
     if settings.get("exclude_noble_gases"):
         yield Filter("exclude_noble_gases", ALL, has_noble_gas)
-    yield Filter("no value", ALL, lambda table, t: np.isnan(column_values(table, TARGETS[t].column)))
+    yield Filter(NO_VALUE, ALL, lambda table, t: np.isnan(column_values(table, TARGETS[t].column)))
     if settings.get("exclude_metals"):
         yield Filter("exclude_metals", ("band_gap",), lambda table, _: column_values(table, "band_gap") <= 0)
     if settings.get("positive_moduli"):
@@ -195,10 +196,12 @@ def filter_materials(
                     )
         if not counts.left_any:
             name, removed = counts.harshest()
-            raise InputError(
-                f"{materials}: no material is left; {removed} of {counts.collected} fell to {name!r}; "
-                "switch that filter off in materials.filters, or map the column that it needs"
-            )
+            advice = "switch that filter off in materials.filters, or map the column that it needs"
+            if name == NO_VALUE:
+                wanted = ", ".join(TARGETS[target].column for target in targets)
+                advice = f"map one of {wanted} in materials.columns; CIF files need labels.csv"
+            fell = f"{removed} of {counts.collected} fell to {name!r}"
+            raise InputError(f"{materials}: no material is left; {fell}; {advice}")
     write_json(funnel, counts.funnel() | {"rejected_by_reason": account["by_reason"]})
     log.info("%d of %d materials qualify for a target", counts.left_any, counts.collected)
 

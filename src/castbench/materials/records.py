@@ -48,9 +48,10 @@ COLUMNS = OTHERS | STRUCTURE | LABELS | COMPOSITION
 LIMITS = {
     "energy_per_atom": (-1e7, 1e7),  # eV/atom; all-electron codes reach -1e6
     "formation_energy_per_atom": (-100.0, 100.0),
-    "energy_above_hull": (-0.001, 100.0),
+    "energy_above_hull": (-0.999, 100.0),  # below zero: that of all other phases; -1 marks a missing one
     "band_gap": (-0.001, 100.0),
 }
+UNITS = dict.fromkeys(LIMITS, "eV/atom") | {"band_gap": "eV"}
 MISSING = ("", "null", "none", "na", "n/a")
 
 
@@ -92,7 +93,7 @@ class Material:
     text: str | None
     origin: str
     spacegroup: int
-    invalid: tuple[str, ...]  # labels that were given, but as no number that a crystal can have
+    invalid: dict[str, Any]  # labels that were given, but as no number that a crystal can have, as given
 
     def digest(self) -> bytes:
         """Hash of everything but the id: equal for records that say the same."""
@@ -107,12 +108,14 @@ class Columns:
 
     Attributes:
         mapping: our column -> path in the record; default names are tried for the others.
+        fallback: whether they are also tried where a record has nothing at the path of its column.
         labels: columns of labels, those of LABELS unless the source has its own.
         found: columns that had a value in some record so far.
     """
 
     mapping: Mapping[str, str]
     labels: Sequence[str] = tuple(LABELS)
+    fallback: bool = False
     found: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -122,7 +125,9 @@ class Columns:
 
     def get(self, record: Mapping[str, Any], column: str) -> Any:
         """Look up one of our columns in a record; None where it is missing."""
-        paths = (self.mapping[column],) if column in self.mapping else COLUMNS.get(column, (column,))
+        paths = COLUMNS.get(column, (column,))
+        if column in self.mapping:
+            paths = (self.mapping[column], *(paths if self.fallback else ()))
         for path in paths:
             value = look_up(record, path)
             if value is not None:
@@ -137,12 +142,7 @@ class Columns:
             RecordError: the record has no usable structure.
         """
         crystal = read_crystal({part: self.get(record, part) for part in STRUCTURE})
-        labels, invalid = {}, []
-        for label in self.labels:
-            given = self.get(record, label)
-            labels[label] = read_label(given, label)
-            if labels[label] is None and not is_missing(given):
-                invalid.append(label)
+        labels, invalid = self.read_labels(record, self.labels)
         identifier = self.get(record, "material_id")
         text = self.get(record, "text")
         return Material(
@@ -152,8 +152,19 @@ class Columns:
             text=text if isinstance(text, str) and text.strip() else None,
             origin=str(self.get(record, "origin") or origin),
             spacegroup=symmetry(crystal)[0],
-            invalid=tuple(invalid),
+            invalid=invalid,
         )
+
+    def read_labels(
+        self, record: Mapping[str, Any], labels: Iterable[str]
+    ) -> tuple[dict[str, float | None], dict[str, Any]]:
+        """Labels of a record, None where missing or impossible, and the impossible ones as given."""
+        given = {label: self.get(record, label) for label in labels}
+        read = {label: read_label(value, label) for label, value in given.items()}
+        wrong = {
+            label: value for label, value in given.items() if read[label] is None and not is_missing(value)
+        }
+        return read, wrong
 
     def check_found(self, unread: Mapping[str, Any] = COMPOSITION) -> None:
         """Refuse a mapping that names what no record has: a typing error would pass as missing values.
@@ -198,6 +209,14 @@ def read_label(value: Any, column: str) -> float | None:
         return None
     low, high = LIMITS.get(column, (-math.inf, math.inf))
     return number if math.isfinite(number) and low <= number <= high else None
+
+
+def what_is_possible(label: str) -> str:
+    """The numbers that a label can be, in words."""
+    if label not in LIMITS:
+        return "a number"
+    low, high = LIMITS[label]
+    return f"a number from {low:g} to {high:g} {UNITS[label]}"
 
 
 def look_up(record: Mapping[str, Any], path: str) -> Any:

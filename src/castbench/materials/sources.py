@@ -16,7 +16,14 @@ from castbench.errors import InputError
 from castbench.materials.matbench import open_matbench
 from castbench.materials.materials_project import download, open_materials_project
 from castbench.materials.readers import BATCH, Source, fingerprint, read_records
-from castbench.materials.records import LABELS, Columns, Material, make_schema, to_table
+from castbench.materials.records import (
+    LABELS,
+    Columns,
+    Material,
+    make_schema,
+    to_table,
+    what_is_possible,
+)
 from castbench.materials.structures import RecordError
 from castbench.provenance import atomic_path, write_json
 
@@ -78,15 +85,16 @@ class Tally:
     missing: Counter[str] = field(default_factory=Counter)
     invalid: Counter[str] = field(default_factory=Counter)
 
-    def keep(self, name: str, material: Material) -> None:
-        """Count a material and the labels that it lacks; the first impossible one of a column gets a line."""
+    def keep(self, name: str, labels: Mapping[str, float | None], invalid: Mapping[str, Any]) -> None:
+        """Count what is kept and the labels that it lacks; a column's first impossible one gets a line."""
         self.kept += 1
-        self.missing.update(label for label, value in material.labels.items() if value is None)
-        for label in material.invalid:
+        self.missing.update(label for label, value in labels.items() if value is None)
+        for label, given in invalid.items():
             if not self.invalid[label]:
                 log.warning(
-                    "%s: %s is no possible number; taken as missing, like others of its kind", name, label
-                )
+                    "%s: %s is %s, and not %s; taken as missing, like others of its kind",
+                    name, label, repr(given)[:40], what_is_possible(label),
+                )  # fmt: skip
             self.invalid[label] += 1
 
     def reject(self, name: str, error: RecordError) -> None:
@@ -194,7 +202,7 @@ def check_records(source: Source, columns: Columns, tally: Tally) -> Iterator[Ma
             identifier = None if isinstance(record, RecordError) else columns.get(record, "material_id")
             tally.reject(f"{identifier} ({name})" if identifier else name, error)
             continue
-        tally.keep(name, material)
+        tally.keep(name, material.labels, material.invalid)
         yield material
 
 

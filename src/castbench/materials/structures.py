@@ -23,6 +23,7 @@ SYMBOLS = {number: symbol for symbol, number in ATOMIC_NUMBERS.items()}
 # Deuterium and tritium have hydrogen's electrons, so the labels are hydrogen's too.
 ISOTOPES = {"D": "H", "T": "H"}
 SYMBOL = re.compile(r"([A-Z][a-z]?)(?:[\d.]*[+-].*)?")  # an element, perhaps with an oxidation state: Fe3+
+BLOCK = re.compile(r"^(?=[ \t]*data_)", re.MULTILINE)  # where a data block of a CIF begins
 OVERLAP = 0.5  # angstrom; the shortest bond known, H-H, has 0.74
 SYMPREC = 0.01  # angstrom
 
@@ -169,8 +170,15 @@ def read_sites(structure: Mapping[str, Any]) -> tuple[Any, list[str], list[Any]]
         ) from None
 
 
+def cif_blocks(text: str) -> list[str]:
+    """The data blocks of a CIF that hold a crystal; others have the publication or a powder pattern."""
+    return [block for block in BLOCK.split(text) if "_cell_length_a" in block.lower()]
+
+
 def read_cif(text: str) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Read lattice, species and fractional coordinates from the first structure of a CIF, its cell kept."""
+    """Read lattice, species and fractional coordinates from a CIF of one crystal, its cell kept."""
+    if (n := len(cif_blocks(text))) > 1:
+        raise RecordError("several crystals", f"the CIF holds {n}; give each a record of its own")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -344,7 +344,7 @@ def attention_by_token(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _attention(settings: dict[str, Any], results: Path, path: Path) -> None:
     found = read_json(results / "attention" / "compositions.json")["attention"]
-    tokens, seed = found["tokens"], str(settings["seeds"][0])
+    tokens, seed = found["tokens"], next(iter(found["seeds"]))
     layers = np.array(found["seeds"][seed])
     weights = layers[-1]
     lines = -(-len(weights) // 4)
@@ -445,8 +445,8 @@ def _hidden(settings: dict[str, Any], results: Path, path: Path) -> None:
                 empty(axis, "no hidden stable compound among them")
                 continue
             axis.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle="--", label="chance")
-            for seed in settings["seeds"]:
-                curve = pool[str(seed)]["curve"]
+            for seed in (name for name in map(str, settings["seeds"]) if name in pool):
+                curve = pool[seed]["curve"]
                 axis.plot(curve["looked_at"], curve["found"], color="#CC79A7", linewidth=0.8, alpha=0.6)
             curve = pool["mean"]["curve"]
             axis.plot(

@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import yaml
 
 from castbench.deviations import deviations
-from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MODELS, TARGETS
+from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MATBENCH, MODELS, TARGETS
 
-METRICS = {"mae": "MAE", "rmse": "RMSE", "r2": "R²"}
-RANKING = {"average_precision": "average precision", "roc_auc": "ROC AUC", "brier": "Brier score"}
+METRICS = {
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R²",
+    "accuracy": "accuracy",
+    "average_precision": "average precision",
+    "roc_auc": "ROC AUC",
+    "brier": "Brier score",
+}
 OBJECTIVES = {
     "masked_node": "masked node prediction, the pretraining of CAST",
     "contrastive": "contrastive pretraining against text, that of MultiMat",
@@ -71,7 +78,7 @@ def model_card(record: dict[str, Any], settings: dict[str, Any]) -> str:
     parts += [
         f"## Use\n\n{use(record)}",
         f"## Limits\n\n{FORMULA_LIMITS if is_composition(record) else CRYSTAL_LIMITS}",
-        f"## Training\n\n{training(record)}",
+        f"## Training\n\n{training(record, settings)}",
         f"## Departures from the papers\n\n{departures(record)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -106,9 +113,10 @@ def header(record: dict[str, Any], found: list[Score]) -> dict[str, Any]:
     results = []
     for what in dict.fromkeys(score.what for score in found if score.part == "test"):
         chosen = [score for score in found if (score.part, score.what) == ("test", what)]
+        kind = "classification" if what in CLASS_TARGETS else TARGETS[what].task
         results.append(
             {
-                "task": {"type": "regression" if what in TARGETS else "classification", "name": what},
+                "task": {"type": kind, "name": what},
                 "dataset": {"name": record["dataset"], "type": record["dataset"], "split": "test"},
                 "metrics": [
                     {"type": score.metric, "name": score.name, "value": score.value} for score in chosen
@@ -132,23 +140,16 @@ def scores(record: dict[str, Any]) -> list[Score]:
         elif record.get(part):
             found += numbers(record[part], part, record["target"], sizes[part])
         for target, values in record.get("scores", {}).items():
-            if target in CLASS_TARGETS:
-                found += [
-                    Score(part, target, sizes[part], metric, name, values[part][metric], "")
-                    for metric, name in RANKING.items()
-                    if values[part].get(metric) is not None
-                ]
-            else:
-                found += numbers(values[part], part, target, sizes[part])
+            found += numbers(values[part], part, target, sizes[part])
     return found
 
 
 def numbers(values: dict[str, Any], part: str, target: str, n: int) -> list[Score]:
-    """Scores of a regression."""
-    unit = TARGETS[target].unit
+    """Scores of a target, those that its kind has; errors in its unit."""
     return [
-        Score(part, target, n, metric, name, values[metric], "" if metric == "r2" else unit)
+        Score(part, target, n, metric, name, values[metric], TARGETS[target].unit if error else "")
         for metric, name in METRICS.items()
+        for error in [metric in ("mae", "rmse")]
         if values.get(metric) is not None
     ]
 
@@ -193,7 +194,7 @@ def use(record: dict[str, Any]) -> str:
     )
 
 
-def training(record: dict[str, Any]) -> str:
+def training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     """Data, seed, code, checksums."""
     sizes = ", ".join(f"{n:,} {part}" for part, n in record.get("n", {}).items())
     unit = "formulas" if is_composition(record) else "crystals"
@@ -203,10 +204,13 @@ def training(record: dict[str, Any]) -> str:
         + "".join(f"; {n:,} dropped ({why})" for why, n in dropped.items())
     ]
     if record.get("epochs"):
-        lines.append(
-            f"- {record['epochs']} epochs, {record['steps']:,} steps; weights of epoch "
-            f"{record['best_epoch']} (from 0), the best on validation; the test set was read once"
-        )
+        line = f"- {record['epochs']} epochs, {record['steps']:,} steps"
+        if record["status"] == "finished":
+            last = settings["training"].get("selection") == "last"
+            line += f"; weights of epoch {record['best_epoch']} (from 0), "
+            line += "the last" if last else "the best on validation"
+            line += "; the test set was read once" if record.get("test") or record.get("scores") else ""
+        lines.append(line)
     lines.append(f"- Seed {record['seed']}; castbench commit `{record['commit']}`")
     lines.append("- Versions: " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
     for name, checksum in record.get("inputs", {}).items():
@@ -217,5 +221,7 @@ def training(record: dict[str, Any]) -> str:
 
 def departures(record: dict[str, Any]) -> str:
     """What castbench does otherwise than the papers, or decides for them."""
-    entries = deviations("compositions" if is_composition(record) else "cast")
+    matbench = record.get("target", "").partition(".")[0] in MATBENCH
+    study = "compositions" if is_composition(record) else "matbench" if matbench else "cast"
+    entries = deviations(study)
     return "\n".join(f"- {entry['id']}: {' '.join(entry['here'].split())}" for entry in entries)

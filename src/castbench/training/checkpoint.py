@@ -32,13 +32,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
-    """Write a checkpoint into `folder`, then remove all but the newest `KEPT` ones.
+    """Write a checkpoint into `folder`, and remove all but the newest `KEPT` ones and what is half-written.
 
     The file is written under another name, synced and renamed, so a kill leaves the old ones or the new one.
 
     Raises:
         InputError: the disk is full; the older checkpoints are as they were.
     """
+    for left in folder.glob(".*.partial"):  # by a process that was killed
+        left.unlink()
     content = encode(tensors, metadata)
     path = folder / f"{step:09d}-{hashlib.sha256(content).hexdigest()}.safetensors"
     with atomic_path(path) as partial:

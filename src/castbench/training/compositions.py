@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from castbench.models.composition import CompositionNetwork, Compositions
 from castbench.provenance import sha256_file
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask
-from castbench.training.records import Result, run_result, write_run
+from castbench.training.records import Result, run_result, without_prediction, write_run
 from castbench.training.session import open_session, run_key
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,13 @@ def train_composition_seed(
         for part in ("validation", "test"):
             predicted = objective.in_unit(objective.predict(trainer.module, rows[part]))
             parts[part] = (*data.part(part), predicted)
+        lost = [
+            formula
+            for formulas, _, predicted in parts.values()
+            for formula in compress(formulas, ~np.isfinite(np.stack([*predicted.values()])).all(axis=0))
+        ]
+        if lost:
+            parts, result = {}, without_prediction(result, lost)
     if fabric.is_global_zero:
         write_composition_run(folder, record, settings, result, parts, objective.columns)
 

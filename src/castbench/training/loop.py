@@ -41,7 +41,7 @@ TERMINATED = 143  # 128 + SIGTERM: the job was stopped and can be started again
 
 @dataclass
 class Failure:
-    """Why a run stopped: a value that is not finite."""
+    """Why a run stopped: something that is not finite."""
 
     what: str
     step: int
@@ -236,8 +236,11 @@ class Trainer:
         else:
             better = all(row[objective.selects] < earlier[objective.selects] for earlier in run.history)
         if better:
-            run.best = {name: value.clone() for name, value in self.network.trained_state().items()}
-            run.best_epoch = epoch
+            weights = {name: value.clone() for name, value in self.network.trained_state().items()}
+            if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
+                run.failure = Failure("a weight", run.step - 1, rate, order[-1])
+                return
+            run.best, run.best_epoch = weights, epoch
         run.history.append(row)
         if (epoch + 1) * LINES // self.epochs > epoch * LINES // self.epochs:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")

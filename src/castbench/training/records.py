@@ -96,6 +96,14 @@ def run_result(trainer: Trainer, names: Callable[[Tensor], list[str]]) -> Result
     return Result("failed", reason, record | {"failure": where}, spent, run.history)
 
 
+def without_prediction(result: Result, ids: list[str]) -> Result:
+    """What became of a training whose weights predict nothing finite for the crystals or formulas `ids`."""
+    log.error("predictions are not finite, so the run has failed; they are those of %s", ", ".join(ids))
+    reason = f"predictions are not finite, {len(ids)} in all, the first that of {ids[0]}"
+    record = result.record | {"failure": {"material_ids": ids}}
+    return Result("failed", reason, record, result.cost, result.history)
+
+
 def write_run(
     folder: Path, record: dict[str, Any], settings: dict[str, Any], result: Result, scores: tuple[str, ...]
 ) -> None:

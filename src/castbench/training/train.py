@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -28,7 +29,14 @@ from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer, terminable
 from castbench.training.objectives import Classification, Regression
-from castbench.training.records import Result, encoder_record, run_result, write_predictions, write_run
+from castbench.training.records import (
+    Result,
+    encoder_record,
+    run_result,
+    without_prediction,
+    write_predictions,
+    write_run,
+)
 from castbench.training.session import open_session, run_key
 from castbench.training.turns import take_turns
 
@@ -222,8 +230,10 @@ def train_seed(
         if not len(rows):  # a split may set nothing aside for validation
             continue
         predicted = objective.in_unit(objective.predict(trainer.module, rows))
-        truth = data.values[rows.numpy()]
-        result.predictions[part] = data.crystals.ids(rows), truth, predicted
+        result.predictions[part] = data.crystals.ids(rows), data.values[rows.numpy()], predicted
+    if lost := [i for ids, _, y in result.predictions.values() for i in compress(ids, ~np.isfinite(y))]:
+        return without_prediction(result, lost)
+    for part, (_, truth, predicted) in result.predictions.items():
         result.record[part] = objective.score(truth, predicted)
     score = result.record["test"][objective.main]
     log.info("%s, test: %s %s %s", record["target"], objective.main, score, record["unit"])

@@ -14,6 +14,7 @@ BAD = [
     {"id": "b-parse", "formula": "Ca(TiO", "hull": "0", "gap": "1"},
     {"id": "b-element", "formula": "XxTiO3", "hull": "0", "gap": "1"},
     {"id": "b-hull", "formula": "CaTiO3", "hull": "", "gap": "1"},
+    {"id": "b-mark", "formula": "CaTiO3", "hull": "-1", "gap": "1"},
     {"id": "m-0", "formula": "CaTiO3", "hull": "0", "gap": "1"},
     {"id": "b-other", "formula": "Al2O3", "hull": "0", "gap": "1"},
     {"id": "b-long", "formula": "LiNaKRbCsO3", "hull": "0", "gap": "1"},
@@ -28,11 +29,18 @@ def test_bad_records_are_counted_and_the_others_go_on(tmp_path: Path):
         "unreadable formula": 1,
         "element without embedding": 1,
         "no energy above hull": 1,
+        "impossible energy above hull": 1,
         "duplicate id": 1,
         "not ABX3": 2,
     }
     named = [entry["record"].split(" ")[0] for entry in manifest["rejected"]]
-    assert named == ["b-parse", "b-element", "b-hull", "m-0"]  # what is not ABX3 is no mistake
+    assert named == ["b-parse", "b-element", "b-hull", "b-mark", "m-0"]  # what is not ABX3 is no mistake
+
+
+def test_a_compound_below_the_hull_of_all_others_is_kept(tmp_path: Path):
+    own = [*rows(), {"id": "below", "formula": "CaTaO3", "hull": "-0.041", "gap": "1"}]
+    table = pd.read_parquet(collected(tmp_path, own) / "polymorphs.parquet").set_index("material_id")
+    assert table.loc["below", "energy_above_hull"] == -0.041
 
 
 def test_a_missing_gap_is_null_and_kept(tmp_path: Path):
@@ -106,7 +114,7 @@ def test_the_reports_own_table(shared_data: Path, tmp_path: Path):
     assert (polymorphs["energy_above_hull"] <= 0).sum() == 923
     aggregate_compositions(tmp_path / "p.parquet", tmp_path / "c.parquet")
     assert len(pd.read_parquet(tmp_path / "c.parquet")) == polymorphs["formula"].nunique() == 2401
-    own = {"seed": 0, "fractions": [0.8, 0.1, 0.1], "classification": {"stability": 0.0}}
+    own = {"seed": 0, "fractions": [0.8, 0.1, 0.1], "classification": {"stability": 0.0}, "regression": []}
     split_compositions(own, tmp_path / "p.parquet", tmp_path / "c.parquet", tmp_path / "s.json")
     by_rows = json.loads((tmp_path / "s.json").read_text())["by_rows"]
     assert 0.4 < by_rows["n_leaked"] / by_rows["n_test"] < 0.6

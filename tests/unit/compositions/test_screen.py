@@ -1,6 +1,7 @@
 """Screening: what is predicted, ranked and known, and enrichment by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from castbench.compositions.screen import (
 )
 from castbench.errors import InputError
 from castbench.evaluation.composition_attention import explain_compositions
+from castbench.evaluation.compositions import enrichment_table
 from castbench.materials.splits import load_split
+from castbench.provenance import write_json
 from castbench.training.compositions import train_compositions
 
 SEEDS = [0, 1]
@@ -113,10 +116,34 @@ def test_one_seed_has_no_spread(data: Path, runs: Path, tmp_path: Path):
 def test_nothing_left_and_missing_runs_are_one_line(data: Path, runs: Path, tmp_path: Path):
     with pytest.raises(InputError, match="no candidate is left"):
         screened(data, runs, tmp_path, x=["Cs"], a=["Rb"], b=["K"])
-    with pytest.raises(InputError, match="is missing; train the model first"):
+    with pytest.raises(InputError, match="no run is finished, of seeds 7"):
         screened(data, runs, tmp_path, seeds=[7])
     with pytest.raises(InputError, match="Xx"):
         screened(data, runs, tmp_path, a=["Xx"])
+
+
+def test_a_seed_that_failed_is_left_out_and_the_others_go_on(data: Path, runs: Path, tmp_path: Path, caplog):
+    """Its record and empty files are there, as training leaves them."""
+    some = shutil.copytree(runs, tmp_path / "runs")
+    write_json(some / "2" / "metrics.json", {"status": "failed", "reason": "training loss is not finite"})
+    seeds = [2, *SEEDS]
+    folder = screened(data, some, tmp_path, seeds=seeds)
+    assert "2: failed, training loss is not finite; left out" in caplog.text
+    assert json.loads((folder / "summary.json").read_text())["seeds"] == SEEDS
+    (tmp_path / "both").mkdir()
+    both = screened(data, runs, tmp_path / "both")
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "candidates.parquet"), pd.read_parquet(both / "candidates.parquet")
+    )
+    settings = {"seeds": seeds, "classification": {"stability": 0.0}}
+    inputs = (folder / "candidates.parquet", data / "compositions.parquet", data / "split.json")
+    validate_screening(settings, *inputs, tmp_path / "validation.json")
+    table = enrichment_table(json.loads((tmp_path / "validation.json").read_text()), seeds)
+    assert set(table["seed"].dropna()) == {0, 1} and table["seed"].isna().any()
+    explain_compositions(
+        SETTINGS | {"edm": "Al2O3", "attention": "CaTiO3"}, seeds, some, tmp_path / "own.json"
+    )
+    assert list(json.loads((tmp_path / "own.json").read_text())["attention"]["seeds"]) == ["0", "1"]
 
 
 def test_hidden_compounds_are_looked_for_among_what_is_unknown(data: Path, runs: Path, tmp_path: Path):

@@ -46,6 +46,15 @@ def test_one_class_only_is_refused(data: Path, tmp_path: Path, threshold: float,
         split(folder, classification={"stability": threshold})
 
 
+def test_a_part_without_a_value_of_a_target_is_refused(tmp_path: Path):
+    folder = aggregated(tmp_path, [row | {"gap": "" if i > 3 else "1"} for i, row in enumerate(rows())])
+    with pytest.raises(
+        InputError, match=r"[34] of 36 formulas have a band_gap, and none in .*column band_gap"
+    ):
+        split(folder, seed=3)
+    split(folder, regression=[])
+
+
 def test_too_few_formulas_are_refused(tmp_path: Path):
     folder = aggregated(tmp_path, rows()[1:6])
     with pytest.raises(InputError, match="5 ABX3 formulas, and 10 are the fewest"):

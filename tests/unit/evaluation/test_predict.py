@@ -1,5 +1,6 @@
 """Predictions for crystals in files: the run's own bits, other formats, seeds, and what cannot be read."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from castbench.cli import main
+from castbench.errors import InputError
 from castbench.evaluation.new_crystals import make_caches
 from castbench.evaluation.predict import predict
 from castbench.materials.readers import read_records
@@ -159,8 +161,64 @@ def test_every_format_of_a_crystal_predicts_the_same(study, tmp_path):
     structure.to_file(str(files[6]), fmt="cif")
     predict(run_of(study, "structure_only") / "0", files, output=tmp_path / "out" / "found.parquet")
     found = pd.read_parquet(tmp_path / "out" / "found.parquet")
-    assert found["id"].tolist() == ["POSCAR", "a", "b", "c", "d", "e", "f.cif"]
+    assert found["id"].tolist() == ["POSCAR", "a", "b", "c", "d", "e", "f"]
     np.testing.assert_allclose(found[UNIT], found[UNIT][3], rtol=1e-4)
+
+
+def test_a_folder_is_read_in_any_case_and_what_is_passed_over_is_said(study, tmp_path, caplog):
+    ids = truth(study, "structure_only")["material_id"][:3].tolist()
+    folder, run = tmp_path / "crystals", run_of(study, "structure_only") / "0"
+    folder.mkdir()
+    texts = [structure.to(fmt="cif") for structure in structures(study, ids).values()]
+    (folder / "A.CIF").write_text(texts[0])
+    (folder / "b.cif.gz").write_bytes(gzip.compress(texts[1].encode()))
+    (folder / "c.cif").write_text("\n".join(["data_global\n_journal_year 2020", *texts]))
+    for name in ("notes.txt", "table.csv"):
+        (folder / name).write_text("x\n")
+    predict(run, [folder], output=tmp_path / "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet").set_index("id")[UNIT]
+    assert found.index.tolist() == ["A", "b", "c-1", "c-2", "c-3"]
+    np.testing.assert_allclose(found[["A", "b"]], found[["c-1", "c-2"]], rtol=1e-6)
+    assert f"{folder}: 2 files passed over, no crystals by their names: notes.txt, table.csv" in caplog.text
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(InputError, match="crystals: there is no crystal"):
+        predict(run, [folder], output=tmp_path / "found.parquet")
+
+
+def test_a_table_is_read_with_the_columns_of_the_runs_data_set(study, tmp_path):
+    ids = truth(study, "structure_only")["material_id"][:2].tolist()
+    table = [{"name": i, "my_cif": s.to(fmt="cif")} for i, s in structures(study, ids).items()]
+    own = shutil.copytree(run_of(study, "structure_only"), tmp_path / "r/runs/total_energy/structure_only")
+    shutil.copytree(study / "graphs", tmp_path / "r/graphs")
+    write_json(tmp_path / "r/materials/manifest.json", {"columns": {"material_id": "name", "cif": "my_cif"}})
+    pd.DataFrame(table).to_csv(tmp_path / "theirs.csv", index=False)
+    pd.DataFrame(table).rename(columns={"name": "id", "my_cif": "cif"}).to_csv(
+        tmp_path / "ours.csv", index=False
+    )
+    found = []
+    for name in ("theirs.csv", "ours.csv"):
+        predict(own, [tmp_path / name], output=tmp_path / "found.parquet")
+        found.append(pd.read_parquet(tmp_path / "found.parquet").drop(columns="source"))
+    assert found[0]["id"].tolist() == ids
+    pd.testing.assert_frame_equal(*found)
+
+
+@pytest.mark.parametrize("cache", ["graphs", "tokens"])
+def test_caches_that_have_changed_since_the_run_are_refused(study, tmp_path, cache):
+    ids = truth(study, "cast_scratch")["material_id"].tolist()
+    rows = test_rows(study, tmp_path / "test.parquet", ids)
+    run = shutil.copytree(run_of(study, "cast_scratch"), tmp_path / "r/runs/total_energy/cast_scratch")
+    for name in ("graphs", "tokens"):
+        shutil.copytree(study / name, tmp_path / "r" / name)
+    manifest = tmp_path / "r" / cache / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content |= (
+        {"max_tokens": 20} if cache == "tokens" else {"settings": content["settings"] | {"neighbours": 6}}
+    )
+    write_json(manifest, content)
+    with pytest.raises(InputError, match=f"r/{cache}: not what .*cast_scratch/0 was trained on"):
+        predict(run, [rows], output=tmp_path / "found.parquet")
 
 
 def test_what_cannot_be_read_costs_a_line_and_the_rest_goes_on(study, tmp_path, capsys):

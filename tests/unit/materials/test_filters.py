@@ -1,6 +1,8 @@
 import json
+import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -305,6 +307,18 @@ def test_the_letter_of_the_second_bound_on_formation_energy_leaves_nothing(run, 
     }
     with pytest.raises(InputError, match="no material is left; 2880 of 2880 fell to 'max_formation_energy'"):
         run(elastic4 / "collected.parquet", letter)
+
+
+def test_crystals_without_labels_are_refused_with_what_to_do(run, elastic4, tmp_path):
+    table = pq.read_table(elastic4 / "collected.parquet")
+    place = table.schema.get_field_index("band_gap")
+    bare = table.set_column(place, "band_gap", pa.nulls(len(table), pa.float64()))
+    pq.write_table(bare, tmp_path / "collected.parquet")
+    shutil.copy(elastic4 / "manifest.json", tmp_path)
+    with pytest.raises(
+        InputError, match=r"fell to 'no value'; map one of band_gap in .*CIF files need labels"
+    ):
+        run(tmp_path / "collected.parquet", {}, ["band_gap"])
 
 
 @pytest.mark.parametrize("limit", [0.15, 0.05, 0.0])

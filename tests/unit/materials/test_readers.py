@@ -7,7 +7,7 @@ import zstandard
 
 from castbench.errors import InputError
 from castbench.materials.readers import fingerprint, read_records
-from castbench.materials.structures import RecordError
+from castbench.materials.structures import RecordError, read_crystal
 
 
 def lines(count):
@@ -65,6 +65,44 @@ def test_csv_with_long_cells_and_a_short_row(tmp_path, salt_cif):
     assert records[0] == {"id": "x", "cif": long, "band_gap": "1.5"}
     assert isinstance(records[1], RecordError)
     assert records[2] == {"id": "z", "cif": salt_cif, "band_gap": None}
+
+
+def test_labels_of_cif_files_stand_in_a_table_beside_them(tmp_path, salt_cif):
+    folder = tmp_path / "crystals"
+    folder.mkdir()
+    for name in ("a.cif", "B.CIF", "c.cif"):
+        (folder / name).write_text(salt_cif)
+    rows = ["file,band_gap", "B.CIF,2.5", "a,1.5", "absent,3", "a,4", "short"]
+    (folder / "labels.csv").write_text("\n".join(rows))
+    archive = tmp_path / "crystals.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, "crystals")
+    for path in (folder, archive):
+        found = dict(read_records(path))
+        gaps = {name: found[name].get("band_gap") for name in ("a.cif", "B.CIF", "c.cif")}
+        assert gaps == {"a.cif": "1.5", "B.CIF": "2.5", "c.cif": None}
+        assert found["B.CIF"]["material_id"] == "B"
+        wrong = {name: record.reason for name, record in found.items() if isinstance(record, RecordError)}
+        assert wrong == {
+            "labels.csv:3": "missing structure",
+            "labels.csv:4": "duplicate id",
+            "labels.csv:5": "unreadable record",
+        }
+    before = fingerprint(folder)["sha256"]
+    (folder / "labels.csv").write_text("file,band_gap\na,2\n")
+    assert fingerprint(folder)["sha256"] != before
+
+
+def test_a_cif_of_several_crystals_is_a_record_each(tmp_path, salt_cif):
+    path = tmp_path / "two.cif"
+    path.write_text(f"data_global\n_journal_year 2020\n{salt_cif}\n{salt_cif}")
+    names, records = zip(*read_records(path), strict=True)
+    assert names == ("two.cif:1", "two.cif:2")
+    assert [record["material_id"] for record in records] == ["two-1", "two-2"]
+    assert all(record["cif"].strip() == salt_cif.strip() for record in records)
+    with pytest.raises(RecordError, match="the CIF holds 2") as error:
+        read_crystal({"cif": path.read_text()})
+    assert error.value.reason == "several crystals"
 
 
 def test_folder_and_archive_of_cifs_give_the_same_records(tmp_path, salt_cif):

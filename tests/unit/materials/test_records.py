@@ -37,7 +37,7 @@ def test_moduli_are_found_under_their_usual_names(salt):
     assert [material.labels[name] for name in ("k_voigt", "k_reuss", "k_vrh")] == [3.0, 1.0, 2.0]
     assert material.labels["g_vrh"] == 7.0
     assert material.labels["g_voigt"] is None
-    assert material.invalid == ()
+    assert material.invalid == {}
 
 
 def test_mapping_replaces_the_default_names(salt):

@@ -51,6 +51,8 @@ def test_missing_and_impossible_labels_are_null_and_counted(collect, salt, caplo
     records[2]["band_gap"] = None
     records[3]["band_gap"] = float("nan")
     records[4]["band_gap"] = -999
+    records[4]["energy_above_hull"] = -0.04  # below the hull of all others
+    records[3]["energy_above_hull"] = "-1"
     records[0]["energy_per_atom"] = "n/a"
     table, manifest = collect(records)
     assert table.column("band_gap").to_pylist() == [5.1, None, None, None, None]
@@ -58,6 +60,8 @@ def test_missing_and_impossible_labels_are_null_and_counted(collect, salt, caplo
     assert manifest["labels"]["band_gap"] == {"present": 1, "missing": 4, "invalid": 2}
     assert manifest["labels"]["energy_per_atom"] == {"present": 4, "missing": 1, "invalid": 0}
     assert [r.getMessage().split(":")[1] for r in caplog.records if "band_gap" in r.getMessage()] == ["4"]
+    assert table.column("energy_above_hull").to_pylist()[3:] == [None, -0.04]
+    assert "energy_above_hull is '-1', and not a number from -0.999 to 100 eV/atom" in caplog.text
 
 
 def test_manifest_names_the_file_and_its_hash(collect, salt, tmp_path):

@@ -11,7 +11,15 @@ import yaml
 from castbench.compositions.targets import threshold_text
 from castbench.deviations import deviations
 from castbench.evaluation.classification import class_scores
-from castbench.evaluation.compositions import class_row, difference, enrichment_table, number_table, score_run
+from castbench.evaluation.compositions import (
+    class_row,
+    difference,
+    enrichment_table,
+    number_table,
+    read_structure_run,
+    score_run,
+)
+from castbench.provenance import write_json
 from castbench.report.composition_figures import attention_by_token, focal_curve
 from castbench.report.composition_html import mean_std, plot_points
 
@@ -66,6 +74,27 @@ def test_a_difference_is_of_common_seeds_and_at_least_five_formulas(runs: dict):
     runs["baseline", 0]["predictions"] = kept[~kept["formula"].isin(["k", "l"])]
     found = difference(runs, SETTINGS, "baseline", "band_gap")
     assert np.isnan(found["minus_edm"]) and np.isnan(found["low"]) and found["n_common"] == 4
+
+
+@pytest.mark.parametrize("failed", ["band_gap", "energy_above_hull"])
+def test_a_structure_model_of_which_a_run_failed_is_not_finished(tmp_path: Path, failed: str):
+    ids, splits = [f"m-{i}" for i in range(8)], ["validation"] * 4 + ["test"] * 4
+    known = pd.DataFrame({"material_id": ids, "formula": list("abcdefgh")})
+    known.to_parquet(tmp_path / "compositions.parquet")
+    for target in ("band_gap", "energy_above_hull"):
+        folder = tmp_path / "runs" / target / "cast" / "0"
+        record = {"status": "finished", "reason": None, "n": {}, "parameters": {}}
+        if target == failed:
+            record |= {"status": "failed", "reason": "training loss is not finite at step 3"}
+        write_json(folder / "metrics.json", record)
+        values = np.array([0.0, 1.0] * 4)
+        table = {"material_id": ids, "split": splits, "y_true": values, "y_pred": values + 0.1}
+        pd.DataFrame(table).to_parquet(folder / "predictions.parquet")
+    settings = SETTINGS | {"targets": ["band_gap", "energy_above_hull"]}
+    found = read_structure_run(settings, tmp_path, "cast", 0)
+    assert found["status"] == "failed"
+    assert found["reason"] == f"{failed}: training loss is not finite at step 3"
+    assert set(found["scores"]) == {"stability" if failed == "band_gap" else "band_gap"}
 
 
 def test_a_class_row_has_every_average():

@@ -37,6 +37,7 @@ def test_a_finished_run_has_its_scores_with_units(data, tmp_path):
     assert "# CrysMMNet (frozen), Total energy (eV/atom), invented, seed 0" in body
     assert "27 train, 6 validation, 6 test crystals; 1 dropped (no graph)" in body
     assert record["commit"] in body and record["inputs"]["graphs"] in body
+    assert "weights of epoch 0 (from 0), the best on validation; the test set was read once" in body
     for entry in deviations("cast"):
         assert f"- {entry['id']}: " in body
     for section in ("## Use", "## Limits", "## Training"):
@@ -47,6 +48,7 @@ def test_a_failed_run_says_so_and_has_no_score(data, tmp_path):
     head, body, record = read(run(data, tmp_path, learning_rate=1e38))
     assert record["status"] == "failed" and "model-index" not in head
     assert "**This run is failed: training loss is not finite at step" in body and "## Results" not in body
+    assert "weights of epoch" not in body and "the test set was read" not in body
 
 
 def test_a_pretraining_predicts_nothing(data, tmp_path):
@@ -54,7 +56,11 @@ def test_a_pretraining_predicts_nothing(data, tmp_path):
     head, body, record = read(tmp_path / "0")
     assert "model-index" not in head
     assert f"| contrastive | validation | 6 | accuracy | {record['validation']['accuracy']:.6g} |" in body
-    assert "they predict no property" in body
+    assert (
+        "they predict no property" in body
+        and "best on validation" in body
+        and "the test set was read" not in body
+    )
 
 
 def test_a_model_of_formulas_has_numbers_and_classes(tmp_path):
@@ -77,6 +83,21 @@ def test_a_model_of_formulas_has_numbers_and_classes(tmp_path):
     assert gap["metrics"][0]["name"] == "MAE (eV)" and stability["task"]["type"] == "classification"
     assert "formulas" in head["tags"] and "polymorphs get one answer" in body
     assert all(entry["id"] in body for entry in deviations("compositions"))
+
+
+def test_a_fold_of_matbench_has_its_classes_scores_and_the_last_weights():
+    record = {
+        "dataset": "matbench", "model": "structure_only", "target": "matbench_mp_is_metal.fold_1", "seed": 0,
+        "status": "finished", "n": {"train": 80, "validation": 0, "test": 20}, "commit": "c", "versions": {},
+        "epochs": 3, "steps": 9, "best_epoch": 2, "test": {"roc_auc": 0.9, "accuracy": 0.8, "recall": {}},
+    }  # fmt: skip
+    card = model_card(record, {"training": {"selection": "last"}})
+    (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert result["task"]["type"] == "classification"
+    assert {"type": "roc_auc", "name": "ROC AUC", "value": 0.9} in result["metrics"]
+    assert "| matbench_mp_is_metal.fold_1 | test | 20 | accuracy | 0.8 |" in card
+    assert "weights of epoch 2 (from 0), the last; the test set was read once" in card
+    assert all(f"- {entry['id']}: " in card for entry in deviations("matbench"))
 
 
 @pytest.mark.parametrize("status", ["skipped", "failed"])

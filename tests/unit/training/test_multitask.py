@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from castbench.compositions.magpie import featurize_compositions
@@ -143,6 +144,23 @@ def test_a_run_stops_when_validation_no_longer_improves(folder: Path, tmp_path: 
     assert record["epochs"] == record["best_epoch"] + 3
     again = train(folder, tmp_path, epochs=60, patience=2, learning_rate=0.05, encoder_learning_rate=0.05)
     assert again == record  # from its last checkpoint, without another step
+
+
+def test_a_prediction_that_is_not_finite_fails_the_run(folder: Path, tmp_path: Path, monkeypatch):
+    predict = MultiTask.predict
+
+    def lost(self: MultiTask, network: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = predict(self, network, rows)
+        if len(rows) and not torch.equal(rows, self.validation) and not torch.equal(rows, self.subset):
+            found["stability"][0] = torch.nan
+        return found
+
+    monkeypatch.setattr(MultiTask, "predict", lost)
+    record = train(folder, tmp_path, epochs=1)
+    (formula,) = record["failure"]["material_ids"]
+    assert record["status"] == "failed" and "scores" not in record
+    assert record["reason"] == f"predictions are not finite, 1 in all, the first that of {formula}"
+    assert pd.read_parquet(tmp_path / "0" / "predictions.parquet").empty
 
 
 def test_a_failed_run_says_where_and_enters_no_mean(folder: Path, tmp_path: Path):

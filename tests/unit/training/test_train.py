@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from castbench.errors import InputError
 from castbench.evaluation.metrics import scores
-from castbench.materials.splits import checksum, write_split
+from castbench.materials.splits import checksum, load_split, write_split
 from castbench.models import REGISTRY, build_model
 from castbench.provenance import write_json
 from castbench.training.dataset import Crystals
@@ -155,6 +155,50 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path)
     assert list(pd.read_csv(output / "1" / "history.csv").columns) == [
         "epoch", "step", "learning_rate", "train_loss", "validation_loss", "validation_mae",
     ]  # fmt: skip
+
+
+def test_weights_that_are_not_finite_fail_the_run_and_not_the_job(data, tmp_path, monkeypatch):
+    """Of a last step without validation no loss tells."""
+    from castbench.training import loop
+
+    descend = loop.Trainer.descend
+
+    def overflowing(self, loss):
+        descend(self, loss * float("inf") if self.run.step + 1 == self.run.total else loss)
+        return loss.detach()
+
+    monkeypatch.setattr(loop.Trainer, "descend", overflowing)
+    settings = data.settings("structure_only", selection="last")
+    split, lists = tmp_path / "split.json", load_split(data.root / "splits" / "total_energy.json")
+    write_split(split, {"reason": None}, {"train": lists["train"], "validation": [], "test": lists["test"]})
+    chosen = {"settings": settings, "seeds": [0, 1], "split": split}
+    train_model(**arguments(data, "structure_only", tmp_path / "runs", **chosen))
+    for seed in "01":
+        found = record(tmp_path / "runs" / seed)
+        assert (found["status"], found["failure"]["step"]) == ("failed", found["steps"] - 1)
+        assert found["reason"].startswith("a weight is not finite at step") and found["test"] is None
+        assert load_file(tmp_path / "runs" / seed / "model.safetensors") == {}
+
+
+def test_a_prediction_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path, monkeypatch):
+    from castbench.training import objectives
+
+    predict = objectives.Regression.predict
+
+    def lost(self, network, rows):
+        found = predict(self, network, rows)
+        if not torch.equal(rows, self.validation):
+            found[2] = np.nan
+        return found
+
+    monkeypatch.setattr(objectives.Regression, "predict", lost)
+    train_model(**arguments(data, "structure_only", tmp_path, seeds=[0, 1]))
+    for seed in "01":
+        found = record(tmp_path / seed)
+        assert found["status"] == "failed" and found["test"] is None and found["validation"] is None
+        (crystal,) = found["failure"]["material_ids"]
+        assert found["reason"] == f"predictions are not finite, 1 in all, the first that of {crystal}"
+        assert len(pd.read_parquet(tmp_path / seed / "predictions.parquet")) == 0
 
 
 def arguments(data, model, output, **changes):
