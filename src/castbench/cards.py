@@ -33,7 +33,7 @@ def take_cards(device: str, n: int = 1) -> None:
         n: of cards.
     """
     cards = visible_cards() if device != "cpu" else []
-    if len(cards) < 2 or os.environ.get(CHOSEN) == ",".join(cards):
+    if len(cards) < 2 or os.environ.get(CHOSEN) == ",".join(cards) or chosen_already(cards, n):
         return
     waiting = False
     while len(taken := take(cards, n)) < min(n, len(cards)):
@@ -43,6 +43,15 @@ def take_cards(device: str, n: int = 1) -> None:
         time.sleep(POLL)
     log.info("card %s of %s", ", ".join(taken), ", ".join(cards))
     os.environ[VISIBLE] = os.environ[CHOSEN] = ",".join(taken)
+
+
+def chosen_already(cards: list[str], n: int) -> bool:
+    """Whether there is nothing to choose: Slurm shows no more than was asked for, or torchrun shares all.
+
+    Their processes on a node see the same cards, and none started another: they would wait for each other.
+    And Slurm may number the cards of every job from 0.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ or ("SLURM_JOB_ID" in os.environ and len(cards) <= n)
 
 
 def take(cards: list[str], n: int) -> list[str]:

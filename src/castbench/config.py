@@ -5,7 +5,7 @@ from typing import Any
 
 from castbench.errors import InputError
 from castbench.labels import FOLDS, MATBENCH, fold_name
-from castbench.text import slug
+from castbench.text import ENCODERS, FILES, slug
 
 Config = dict[str, Any]
 
@@ -290,6 +290,14 @@ def table_settings(config: Config) -> Config:
     keys = ("dataset", "targets", "models", "structure_encoder", "text_encoder", "max_tokens")
     found = {key: config[key] for key in keys} | {"seeds": config["training"]["seeds"]}
     return found | {key: config["materials"][key] for key in ("source", "sample", "filters", "split")}
+
+
+def encoder_files(config: Config) -> list[str]:
+    """The files of a text encoder in a folder of the user's own; none for one that is fetched."""
+    name = config["text_encoder"].partition("@")[0]
+    if name in ENCODERS or not Path(name).is_dir():
+        return []
+    return sorted(str(path) for path in Path(name).iterdir() if path.name in FILES)
 
 
 def encoder_folder(config: Config) -> Path:

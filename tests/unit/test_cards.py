@@ -88,6 +88,16 @@ def test_one_card_none_or_a_cpu_job_leaves_nothing_to_choose(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("launcher", [{"SLURM_JOB_ID": "7"}, {"TORCHELASTIC_RUN_ID": "x"}])
+def test_processes_of_a_launcher_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, launcher: dict):
+    """Each sees the job's two cards, and none started the others."""
+    for name, value in ({cards.VISIBLE: "0,1"} | launcher).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cards, "take", lambda *_: pytest.fail("it chose"))
+    cards.take_cards("cuda", 2)
+    assert os.environ[cards.VISIBLE] == "0,1"
+
+
 def test_without_the_variable_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

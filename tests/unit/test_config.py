@@ -276,6 +276,16 @@ def test_the_source_depends_on_its_own_keys(config: dict):
     assert meaning.source_files(merged(config, {"materials": {"snapshot": "a.zst"}})) == ["a.zst"]
 
 
+def test_the_files_of_ones_own_encoder_are_inputs(config: dict, tmp_path: Path):
+    assert meaning.encoder_files(config) == []
+    for name in ("config.json", "model.safetensors", "notes.txt"):
+        (tmp_path / name).touch()
+    own = merged(config, {"text_encoder": f"{tmp_path}@r1"})
+    assert meaning.encoder_files(own) == [
+        str(tmp_path / name) for name in ("config.json", "model.safetensors")
+    ]
+
+
 def test_every_file_of_a_folder_is_an_input(config: dict, tmp_path: Path):
     """A file that is written again leaves its folder's time as it was."""
     for name in ("b.cif", "more/a.cif", "labels.csv", ".hidden"):

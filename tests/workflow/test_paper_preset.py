@@ -97,7 +97,13 @@ def test_a_training_on_several_gpus_and_nodes_asks_for_all_of_them(bare: Path, s
     for rule in ("train_model", "pretrain_model"):
         resources = re.findall(rf"^rule {rule}:\n(?:    .*\n)*?    resources: (.*)$", ended.stdout, re.M)
         assert resources and all("gpu=8, nodes=2" in found for found in resources)
+        # Started once, on the first node, four processes and cards on each.
+        several = ("mpi=srun", "tasks_per_node=4", "cpus_per_task=1", "gres=gpu:4")
+        assert all(word in found for word in several for found in resources)
     launcher = "srun --overlap --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "
     assert f"{launcher}python -m castbench train_model" in ended.stdout
     (states,) = re.findall(r"^rule embed_text:\n(?:    .*\n)*?    resources: (.*)$", ended.stdout, re.M)
     assert "gpu=1" in states
+    ended = snakemake(bare, "-n", *PRESET, str(overlay), "--resources", "gpu=4")
+    assert ended.returncode != 0
+    assert "a training takes 8 GPUs, and the resource gpu is 4; raise it" in ended.stdout

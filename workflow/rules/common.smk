@@ -132,12 +132,20 @@ GPUS = 0 if config["training"]["device"] == "cpu" else 1
 # A training job may have several, over several nodes, where Slurm starts its processes.
 NODES = config["training"]["num_nodes"]
 TRAINING_GPUS = GPUS * NODES * config["training"]["devices"]
-LAUNCHER = (
-    f"srun --overlap --nodes={NODES} --ntasks-per-node={config['training']['devices']}"
-    f" --cpus-per-task={config['training']['threads']} "
-    if NODES > 1
-    else ""
-)
+CARDS = workflow.global_resources["gpu"].value
+if workflow.is_main_process and TRAINING_GPUS > CARDS:
+    raise WorkflowError(  # Snakemake would give the job fewer without a word
+        f"training.devices, training.num_nodes: a training takes {TRAINING_GPUS} GPUs, and the resource gpu is"
+        f" {CARDS}; raise it (--resources gpu={TRAINING_GPUS}, or in the profile)"
+    )
+DEVICES, THREADS = config["training"]["devices"], config["training"]["threads"]
+LAUNCHER, SEVERAL_NODES = "", {}
+if NODES > 1:
+    LAUNCHER = f"srun --overlap --nodes={NODES} --ntasks-per-node={DEVICES} --cpus-per-task={THREADS} "
+    # Slurm's executor starts such a job once, on its first node, and the job starts its processes.
+    SEVERAL_NODES = {"mpi": "srun", "tasks_per_gpu": 0, "cpus_per_task": THREADS}
+    SEVERAL_NODES |= {"tasks_per_node": DEVICES} if DEVICES > 1 else {"tasks": NODES}
+    SEVERAL_NODES |= {"gres": f"gpu:{DEVICES}"} if GPUS else {}  # of each node
 ENCODER = str(meaning.encoder_folder(config))
 TARGETS = meaning.run_targets(config)
 SPLITS = [f"results/{{dataset}}/splits/{target}.json" for target in TARGETS]
@@ -150,6 +158,8 @@ PROBED = [
 ]
 if "cast" in PROBED:
     PROBED.append("masked_node")
+# Whether the attention of CAST is shown with and without pretraining.
+CAST_COMPARED = {"cast", "cast_scratch"} <= set(config["models"])
 # The crystal of the text encoder's attention: a file to describe, or an id of the data set.
 TEXT_FILE = Path(config["attention"]["text"])
 if not TEXT_FILE.suffix:
@@ -281,7 +291,7 @@ def evidence_inputs(wildcards):
     """What is known of the models' attention."""
     folder = f"results/{wildcards.dataset}/attention"
     inputs = {"probes": [f"{folder}/probes/{name}.parquet" for name in PROBED]}
-    if {"cast", "cast_scratch"} <= set(config["models"]):
+    if CAST_COMPARED:
         inputs["maps"] = f"{folder}/maps.json"
         inputs["by_material"] = f"{folder}/by_material.parquet"
     return inputs

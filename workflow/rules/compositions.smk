@@ -82,6 +82,7 @@ rule split_structures:
     """Assign the crystals of these formulas to the same parts, for the models that read structures."""
     input:
         materials=ancient("results/{dataset}/materials.parquet"),
+        funnel="results/{dataset}/funnel.json",
         compositions="results/{dataset}/compositions.parquet",
         split="results/{dataset}/splits/compositions.json",
     output:
@@ -160,6 +161,7 @@ rule train_compositions:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
+        **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
         nodes=NODES,
     params:

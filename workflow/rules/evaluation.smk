@@ -75,10 +75,14 @@ rule extract_text_attention:
     conda:
         "../../envs/train.yaml"
     params:
-        material=TEXT_FILE.stem if TEXT_FILE else config["attention"]["text"],
+        material=(
+            ""
+            if TEXT_FILE
+            else f"--material {shlex.quote(config['attention']['text'])}"
+        ),
         encoder=lambda wildcards, input: str(Path(input.encoder).parent),
     shell:
-        "python -m castbench extract_text_attention --descriptions {input.descriptions} --material {params.material:q}"
+        "python -m castbench extract_text_attention --descriptions {input.descriptions} {params.material}"
         " --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q} --output {output} --log {log}"
 
 
@@ -127,7 +131,13 @@ rule tabulate_evidence:
     conda:
         "../../envs/report.yaml"
     params:
-        settings=settings("attention.target"),
+        settings=json.dumps(
+            {
+                "target": config["attention"]["target"],
+                "probed": PROBED,
+                "compared": CAST_COMPARED,
+            }
+        ),
     shell:
         "python -m castbench tabulate_evidence --settings {params.settings:q}"
         " --attention results/{wildcards.dataset}/attention --output {output} --log {log}"

@@ -48,6 +48,8 @@ rule gather_descriptions:
 
 rule prefetch_encoder:
     """Fetch the text encoder at its pinned revision: the one rule that needs a network."""
+    input:
+        meaning.encoder_files(config),
     output:
         f"{ENCODER}/manifest.json",
     log:

@@ -26,6 +26,7 @@ rule pretrain_model:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
+        **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
         nodes=NODES,
         stage=0,
@@ -65,6 +66,7 @@ rule train_model:
         "../../envs/train.yaml"
     threads: config["training"]["threads"] * config["training"]["devices"]
     resources:
+        **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
         nodes=NODES,
         stage=0,

@@ -81,13 +81,12 @@ class Candidates:
 def shannon_radius(symbol: str, state: int, coordination: int) -> float:
     """Shannon's ionic radius (angstrom) at the nearest coordination, the larger of two; NaN where unknown.
 
-    Of spin states the high one, of geometries the first that is listed.
+    Of spin states the high one. Square-planar and pyramidal radii are not used.
     """
     known = Element(symbol).data.get("Shannon radii") or {}
     by_coordination: dict[int, float] = {}
     for name, spins in known.get(str(state), {}).items():
-        number = COORDINATION.get(name.removesuffix("SQ").removesuffix("PY"))
-        if number is not None and name in COORDINATION:
+        if number := COORDINATION.get(name):
             chosen = spins.get("") or spins.get("High Spin") or next(iter(spins.values()))
             by_coordination[number] = float(chosen["ionic_radius"])
     if not by_coordination:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from castbench.compositions.targets import class_values, composition_values
+from castbench.compositions.targets import class_values, composition_values, threshold_text
 from castbench.errors import InputError
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.splits import PARTS, assign, checksum, load_split, write_split
-from castbench.provenance import write_json
+from castbench.provenance import sha256_file, write_json
 
 log = logging.getLogger(__name__)
 FEWEST = 10  # formulas
@@ -64,6 +64,15 @@ def split_compositions(settings: dict[str, Any], polymorphs: Path, compositions:
                 f"{compositions}: {len(known)} of {len(formulas)} formulas have a {name}, and none in "
                 f"{lacking[0]}; map the column {TARGETS[name].column}, or change compositions.regression"
             )
+    for name, cut in settings["classification"].items():
+        in_train = class_values(table, name, cut)[np.isin(formulas, lists["train"])]
+        if len(classes := set(in_train[np.isfinite(in_train)].tolist())) < 2:
+            both = CLASS_TARGETS[name]
+            only = both.positive if classes == {1.0} else both.negative if classes else "without a value"
+            raise InputError(
+                f"{compositions}: for training every formula is {only} ({threshold_text(name, cut)}); "
+                f"change compositions.classification.{name}"
+            )
     header = {"seed": seed, "fractions": settings["fractions"], "stability_threshold": threshold}
     by_class = {
         name: {target.positive: int(stable[chosen].sum()), target.negative: int((1 - stable[chosen]).sum())}
@@ -111,7 +120,8 @@ def split_structures(
         if reason:
             log.warning("%s: %s; skipped", target, reason)
         header = {"target": target, "seed": settings["seed"], "fractions": settings["fractions"]}
-        write_split(output / f"{target}.json", header | {"group_by": "composition"}, ids, reason)
+        header |= {"group_by": "composition", "materials_sha256": sha256_file(materials)}
+        write_split(output / f"{target}.json", header, ids, reason)
 
 
 def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, Any]:

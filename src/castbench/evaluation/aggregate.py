@@ -1,5 +1,6 @@
 """Run records to tables. A missing, failed or skipped run is a gap: it is counted and enters no mean."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from castbench.config import table_settings
+from castbench.config import objective, table_settings
 from castbench.evaluation.statistics import (
     CRYSTAL_SYSTEMS,
     dataset_statistics,
@@ -59,7 +60,7 @@ def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> Non
     write_csv(output / "runs.csv", runs)
     write_csv(output / "table1.csv", tables.table1_wide(cells))
     write_csv(output / "table2.csv", statistics)
-    write_csv(output / "pretraining.csv", read_pretraining(results))
+    write_csv(output / "pretraining.csv", read_pretraining(results, settings))
     write_csv(output / "comparisons.csv", comparisons(results, settings, runs))
     write_csv(output / "text_gain.csv", text_gain(results, settings, runs))
     write_text(output / "table1.md", tables.table1_markdown(cells, settings))
@@ -135,9 +136,10 @@ def is_paper_setting(settings: dict[str, Any]) -> bool:
         shares = [found["split"][key] for key in ("fractions", "group_by")]
         return [*kept, *shares, found["filters"] | {"ordered_moduli": ordered}]
 
+    if "matscibert" not in settings["text_encoder"].lower():
+        return False
     paper = yaml.safe_load((WORKFLOW / "presets" / "paper.yaml").read_text(encoding="utf-8"))
-    same = compared(settings) == compared(table_settings(paper))
-    return same and "matscibert" in settings["text_encoder"].lower()
+    return compared(settings) == compared(table_settings(paper))
 
 
 def table1_cells(runs: pd.DataFrame, settings: dict[str, Any], results: Path) -> pd.DataFrame:
@@ -193,12 +195,14 @@ def with_paper_statistics(statistics: pd.DataFrame) -> pd.DataFrame:
     return statistics.merge(paper, how="left", on=["target", "split"])
 
 
-def read_pretraining(results: Path) -> pd.DataFrame:
+def read_pretraining(results: Path, settings: dict[str, Any]) -> pd.DataFrame:
     """One row a pretraining run: objective, seed, status, sizes, validation scores, parameters, cost."""
     rows = []
-    for file in sorted((results / "pretrain").glob("*/[0-9]*/metrics.json")):
-        record = read_json(file)
-        row = {"objective": file.parts[-3], "seed": int(file.parts[-2])}
+    wanted = {found for model in settings["models"] if (found := objective(model))}
+    for name, seed in itertools.product(sorted(wanted), sorted(settings["seeds"])):
+        file = results / "pretrain" / name / str(seed) / "metrics.json"
+        record = read_run(file.parent)
+        row: dict[str, Any] = {"objective": name, "seed": seed}
         row |= {key: record.get(key) for key in ("status", "reason", "best_epoch", "epochs", "steps")}
         for key in ("n", "validation", "parameters"):
             row |= {f"{key}_{name}": value for name, value in (record.get(key) or {}).items()}
@@ -267,13 +271,14 @@ def text_gain(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd
     """
     crystals = read_crystals(results)
     limit = read_json(results / "tokens" / "manifest.json")["max_tokens"]
+    has_text, lengths = (crystals[name].to_numpy() for name in ("has_text", "n_tokens_full"))
     groupings: dict[str, tuple[Any, list[str]]] = {
         "all": (np.full(len(crystals), "all"), ["all"]),
         "crystal system": (crystals["crystal_system"].to_numpy(), list(CRYSTAL_SYSTEMS)),
         "sites": (site_groups(crystals["n_sites"].to_numpy()), site_labels()),
         "text": (
-            np.where(crystals["n_tokens_full"] > limit, "truncated", "read to its end"),
-            ["read to its end", "truncated"],
+            np.select([~has_text, lengths > limit], ["none", "truncated"], "read to its end"),
+            ["read to its end", "truncated", "none"],
         ),
     }
     rows = []

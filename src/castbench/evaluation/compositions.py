@@ -158,7 +158,8 @@ def read_structure_run(settings: dict[str, Any], results: Path, model: str, seed
         frame = frame.rename(columns={"y_true": f"{target}_true", "y_pred": f"{target}_pred"})
         frames.append(frame.drop(columns="material_id").set_index(["formula", "split"]))
         record |= {"status": "finished", "reason": None, "n": own["n"], "parameters": own["parameters"]}
-        record["cost"] = read_json(folder / "cost.json")
+        cost = read_json(folder / "cost.json")
+        record["cost"] = cost | {"seconds": record["cost"].get("seconds", 0) + cost.get("seconds", 0)}
     record |= unfinished  # of two runs, neither hides that the other failed
     if not frames:
         return record

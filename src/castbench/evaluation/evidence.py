@@ -33,9 +33,10 @@ def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -
     alone. What the `seeds` runs of a model say, and draws of anything random, is averaged for each crystal
     first. Measures, each of `about`:
         similarity, effective tokens (each also "within heads"): of a layer; see `BY_MATERIAL`.
-        the same with ", with minus without pretraining": the paired difference.
+        the same with ", with minus without pretraining": the paired difference, of the seeds of both.
         tokens, attention, attribution: share of a part of the description among the tokens, of the attention
-            to tokens, of the absolute integrated gradients; of the crystals that have the part.
+            to tokens, of the absolute integrated gradients; of the crystals that have the part. [CLS] and
+            [SEP] have no gradients: "inner tokens" is the share among the others.
         change: absolute change of the prediction (in `unit`) without a part, or with the text of `CHANGES`.
         change by chance: the same without as many tokens anywhere; and change minus chance.
         error change: change of the absolute error; negative where the changed text is better.
@@ -47,20 +48,21 @@ def tabulate_evidence(settings: dict[str, Any], attention: Path, output: Path) -
             the own one, or without a part.
 
     Args:
-        settings: {target}, whose models were probed.
-        attention: folder with by_material.parquet and probes/{model}.parquet; either may be absent.
+        settings: {target, probed, compared}: the target whose models were probed, these models, and whether
+            CAST's attention with and without pretraining is compared.
+        attention: folder with probes/{model}.parquet of them, and by_material.parquet.
         output: evidence.csv.
     """
     unit = TARGETS[settings["target"]].unit
     rows = []
-    if (attention / "by_material.parquet").exists():
+    if settings["compared"]:
         rows += list(attention_rows(pd.read_parquet(attention / "by_material.parquet")))
-    for file in sorted((attention / "probes").glob("*.parquet")):
-        frame = pd.read_parquet(file)
+    for model in sorted(settings["probed"]):
+        frame = pd.read_parquet(attention / "probes" / f"{model}.parquet")
         if frame.empty:
             continue
-        found = accuracy_rows(frame) if file.stem == "masked_node" else probe_rows(frame, unit)
-        rows += [{"model": file.stem, "seeds": frame["seed"].nunique(), **row} for row in found]
+        found = accuracy_rows(frame) if model == "masked_node" else probe_rows(frame, unit)
+        rows += [{"model": model, "seeds": frame["seed"].nunique(), **row} for row in found]
     write_csv(output, pd.DataFrame(rows, columns=list(COLUMNS)))
     log.info("%d numbers", len(rows))
 
@@ -75,18 +77,22 @@ def number(measure: str, about: object, values: pd.Series, unit: str = "", share
 
 def attention_rows(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Similarity and effective tokens of each model and layer, and what pretraining changes."""
-    seeds = frame.groupby("model")["seed"].nunique()
+    seeds = {str(name): set(part["seed"]) for name, part in frame.groupby("model")}
+    common = set.intersection(*(seeds.get(name, set()) for name in ("cast", "cast_scratch")))
     for layer, group in frame.groupby("layer"):
         by_model = dict(list(group.groupby("model")))
         for column, measure in ATTENTION.items():
             unit = "tokens" if "tokens" in measure else ""
-            values = {name: per_crystal(part, column) for name, part in by_model.items()}
-            for name in by_model:
-                yield {"model": name, "seeds": seeds[name], **number(measure, layer, values[name], unit)}
-            if {"cast", "cast_scratch"} <= by_model.keys():
-                difference = values["cast"] - values["cast_scratch"]
+            for name, part in by_model.items():
+                values = per_crystal(part, column)
+                yield {"model": name, "seeds": len(seeds[str(name)]), **number(measure, layer, values, unit)}
+            if common:
+                both = group[group["seed"].isin(common)]
+                first, second = (
+                    per_crystal(both[both["model"] == name], column) for name in ("cast", "cast_scratch")
+                )
                 what = f"{measure}, with minus without pretraining"
-                yield {"model": "cast", "seeds": seeds.min(), **number(what, layer, difference, unit)}
+                yield {"model": "cast", "seeds": len(common), **number(what, layer, first - second, unit)}
 
 
 def per_crystal(frame: pd.DataFrame, column: str = "value") -> pd.Series:
@@ -118,8 +124,9 @@ def probe_rows(frame: pd.DataFrame, unit: str) -> Iterator[dict[str, Any]]:
         for name, every in shares.items():
             mass = every[(every["part"] == part) & every["material_id"].isin(one.index)]
             yield number(name, part, per_crystal(mass))
-            if name == "attention":
-                yield number("tokens", part, per_crystal(mass, "share"))
+            yield number(
+                "tokens" if name == "attention" else "inner tokens", part, per_crystal(mass, "share")
+            )
     special = shares["attention"].query("part == '[CLS], [SEP]'")
     yield number("attention", "[CLS], [SEP]", per_crystal(special))
     yield number("tokens", "[CLS], [SEP]", per_crystal(special, "share"))

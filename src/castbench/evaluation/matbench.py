@@ -211,7 +211,7 @@ def summary(folds: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
         for model in ordered_models(settings):
             own = folds[(folds["task"] == task) & (folds["model"] == model)]
             done = own["status"] == "finished"
-            scores = own[metric] if metric in own else pd.Series(np.nan, own.index)
+            scores = own[metric].astype(float) if metric in own else pd.Series(np.nan, own.index)
             by_fold = [float(scores[own["fold"] == k].mean(skipna=False)) for k in range(FOLDS)]
             rows.append(
                 common

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the tokens that a deletion curve takes out
 DRAWS = 3  # of anything random
-STEPS = 8  # of the path that gradients are integrated over
+STEPS = 32  # of the path that gradients are integrated over; with 8 their sum is off by up to a half
 BATCH = 64  # texts of one crystal that are run at once
 SCHEMA = pa.schema(
     [
@@ -52,7 +52,8 @@ SCHEMA = pa.schema(
         # "delete attributed"; "attention", "attribution" (their shares by part), "rank correlation"
         ("condition", pa.string()),
         ("part", pa.string()),  # of LABELS, where the condition is about one
-        ("share", pa.float32()),  # of the tokens (without [CLS] and [SEP]) that are meant or taken out
+        # of the tokens that are meant or taken out; [CLS] and [SEP] count for "attention" alone
+        ("share", pa.float32()),
         ("draw", pa.int16()),
         # predicted value in the target's unit; masked nodes named right; share of attention; correlation
         ("value", pa.float64()),
@@ -253,8 +254,9 @@ class Subject:
             for draw in range(DRAWS):
                 anywhere = rng.choice(reading.inner, len(places), replace=False)
                 ask(np.delete(reading.ids, anywhere), "random", part, share, draw)
-        not_formula = np.flatnonzero((reading.part != PARTS.index("formula")) & (reading.part != SPECIAL))
-        ask(np.delete(reading.ids, not_formula), "only formula", None, None, 0)
+        if "formula" in parts_of(reading):
+            others = np.flatnonzero((reading.part != PARTS.index("formula")) & (reading.part != SPECIAL))
+            ask(np.delete(reading.ids, others), "only formula", None, None, 0)
         if not self.masked:
             yield from self.deletions(row, reading, rng, ask)
         for what, value in zip(asked, self.values(row, texts), strict=True):
@@ -267,10 +269,13 @@ class Subject:
         inner = reading.inner
         attention, attribution = self.attention(row, reading), np.abs(self.attribution(row, reading))
         counts = np.bincount(reading.part, minlength=len(LABELS))
-        for name, weights in (("attention", attention), ("attribution", attribution / attribution.sum())):
-            for part, mass in zip(LABELS, reading.by_part(weights), strict=True):
-                share = counts[LABELS.index(part)] / len(reading.ids)
-                yield Row(name, part, share, 0, float(mass))
+        read = np.where(np.arange(len(LABELS)) == SPECIAL, 0, counts)  # where there may be gradients
+        for name, weights, of in (
+            ("attention", attention, counts),
+            ("attribution", attribution / attribution.sum(), read),
+        ):
+            for part, mass, share in zip(LABELS, reading.by_part(weights), of / of.sum(), strict=True):
+                yield Row(name, part, float(share), 0, float(mass))
         yield Row("rank correlation", None, None, 0, spearman(attention[inner], attribution[inner]))
         orders = [("delete attended", inner[np.argsort(-attention[inner], kind="stable")], 0)]
         orders += [("delete attributed", inner[np.argsort(-attribution[inner], kind="stable")], 0)]

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def extract_text_attention(
-    descriptions: Path, material: str, tokens: Path, encoder: Path, output: Path
+    descriptions: Path, tokens: Path, encoder: Path, output: Path, material: str | None = None
 ) -> None:
     """Write the attention of [CLS] to each word of a description, in every layer and head, as JSON.
 
@@ -28,16 +28,17 @@ def extract_text_attention(
 
     Args:
         descriptions: Parquet with material_id and text.
-        material: an id of it.
         tokens: a cache of tokens, which says how texts are cut.
         encoder: folder of the text encoder.
         output: {material_id, formula, text, encoder, words, parts (of `labels`), labels, tokens, tokens_full,
             weights: layers, heads, words}; a word has the sum over its tokens, a row the sum 1. Where there
             is no such material, or it has no text: {note}, which says so.
+        material: an id of the descriptions; none where there is but one.
     """
-    table = pq.read_table(
-        descriptions, columns=["material_id", "text"], filters=[("material_id", "=", material)]
-    )
+    chosen = None if material is None else [("material_id", "=", material)]
+    table = pq.read_table(descriptions, columns=["material_id", "text"], filters=chosen)
+    if material is None:
+        material = table["material_id"][0].as_py()
     text = table["text"][0].as_py() if len(table) else None
     if not text:
         note = f"attention.text: {material} has no description in this data set; take another crystal"

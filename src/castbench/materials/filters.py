@@ -19,7 +19,7 @@ from castbench.compositions.formulas import is_abx3
 from castbench.errors import InputError
 from castbench.labels import TARGET_ORDER, TARGETS
 from castbench.materials.targets import column_values, target_values
-from castbench.provenance import atomic_path, write_json
+from castbench.provenance import atomic_path, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 NOBLE_GASES = ("He", "Ne", "Ar", "Kr", "Xe", "Rn", "Og")
@@ -202,7 +202,9 @@ def filter_materials(
                 advice = f"map one of {wanted} in materials.columns; CIF files need labels.csv"
             fell = f"{removed} of {counts.collected} fell to {name!r}"
             raise InputError(f"{materials}: no material is left; {fell}; {advice}")
-    write_json(funnel, counts.funnel() | {"rejected_by_reason": account["by_reason"]})
+    # The hash is for the jobs that wait for this small file: counts stay when a label or a cell is corrected.
+    made = {"rejected_by_reason": account["by_reason"], "materials_sha256": sha256_file(output)}
+    write_json(funnel, counts.funnel() | made)
     log.info("%d of %d materials qualify for a target", counts.left_any, counts.collected)
 
 

@@ -40,6 +40,7 @@ def split_matbench(settings: dict[str, Any], materials: Path, output: Path, task
     Raises:
         InputError: a file cannot be read, or its folds are not those that Matbench published.
     """
+    made_of = sha256_file(materials)
     usable = set(pq.read_table(materials, columns=["material_id"]).column(0).to_pylist())
     for task, name in settings["files"].items():
         path = Path(name)
@@ -64,6 +65,7 @@ def split_matbench(settings: dict[str, Any], materials: Path, output: Path, task
             lists["train"] = np.delete(lists["train"], aside)
             empty = [part for part in ("train", "test") if not len(lists[part])]  # validation may be
             header = {"target": fold_name(task, k), "task": task, "fold": k, "seed": settings["seed"]}
+            header["materials_sha256"] = made_of
             write_split(
                 output / f"{fold_name(task, k)}.json",
                 header | {"validation_share": settings["validation"]},

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
-from castbench.provenance import write_json
+from castbench.provenance import sha256_file, write_json
 
 log = logging.getLogger(__name__)
 PARTS = ("train", "validation", "test")
@@ -46,6 +46,7 @@ def split_materials(settings: dict[str, Any], materials: Path, output: Path) -> 
     members = [{t for t in targets if t in wanted[i]} for i in range(len(ids))]
     counts = np.array([[sum(t in members[i] for i in unit) for t in targets] for unit in units.values()])
     part_of_unit = assign(counts, fractions, settings["seed"])
+    made_of = {"materials_sha256": sha256_file(materials)}  # so that a corrected label is seen
     part_of = {i: part for unit, part in zip(units.values(), part_of_unit, strict=True) for i in unit}
     for target in targets:
         lists: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -56,7 +57,7 @@ def split_materials(settings: dict[str, Any], materials: Path, output: Path) -> 
         if reason:
             log.warning("%s: %s; skipped", target, reason)
         header = {"target": target, "seed": settings["seed"], "fractions": fractions, "group_by": group_by}
-        write_split(output / f"{target}.json", header, lists, reason)
+        write_split(output / f"{target}.json", header | made_of, lists, reason)
 
 
 def read_members(materials: Path, group_by: str | None) -> tuple[list[str], list[str], list[list[str]]]:
@@ -119,7 +120,8 @@ def too_few(lists: Mapping[str, list[str]], group_by: str | None) -> str | None:
     if total < FEWEST:
         return f"{total} crystals, and {FEWEST} are the fewest to train on"
     if empty := [part for part in PARTS if not lists[part]]:
-        return f"{total} crystals in too few groups by {group_by}: {empty[0]} is empty"
+        groups = f" in too few groups by {group_by}" if group_by else ""
+        return f"{total} crystals{groups} leave {empty[0]} empty; change materials.split"
     return None
 
 

@@ -19,7 +19,7 @@ from castbench.evaluation.aggregate import read_json
 from castbench.evaluation.evidence import CHANGES, ORDERS
 from castbench.evaluation.statistics import FEWEST
 from castbench.labels import MODELS
-from castbench.report.figures import INK, MUTED, drawing, empty, model_legend, panels
+from castbench.report.figures import INK, MUTED, drawing, empty, legend_below, model_legend, panels
 from castbench.report.tables import model_label
 from castbench.text.parts import PARTS
 
@@ -292,7 +292,7 @@ def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) 
             axis.text(0.03, 0.96, _count(chosen), transform=axis.transAxes, va="top", size=6.5, color=MUTED)
             axis.set_xlabel("cosine similarity" if line else "")
             axis.set_ylabel(f"node pairs (%)\n{name}" if column == 0 else "")
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        legend_below(figure, *grid[0, 0].get_legend_handles_labels())
 
 
 def _count(similarity: pd.DataFrame) -> str:
@@ -368,7 +368,7 @@ def _by_part(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
     present = [part for part in PARTS if ((evidence["about"] == part) & (evidence["n"] > 0)).any()]
     columns = {
         "attention": ("share of attention (%)", "tokens", 100),
-        "attribution": ("share of gradients (%)", "tokens", 100),
+        "attribution": ("share of gradients (%)", "inner tokens", 100),
         "change": (f"change of prediction without it ({unit})", "change by chance", 1),
     }
     with drawing(settings, path) as made:
@@ -409,7 +409,7 @@ def _by_part(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str]
             plt.Line2D([], [], color=MUTED, marker="|", linestyle="", markersize=9),
         ]
         labels = ["measured", "by chance: its share of the tokens, or as many tokens anywhere"]
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        legend_below(figure, handles, labels)
 
 
 def _changes(settings: dict[str, Any], evidence: pd.DataFrame, models: list[str], path: Path) -> None:
@@ -480,10 +480,10 @@ def _deletions(settings: dict[str, Any], evidence: pd.DataFrame, models: list[st
             plt.Line2D([], [], color=MUTED if order == "random" else INK, linestyle=style)
             for order, style in styles.items()
         ]
-        figure.legend(handles, [ORDER_NAMES[o] for o in styles], loc="outside lower center", ncols=3)
+        legend_below(figure, handles, [ORDER_NAMES[o] for o in styles])
 
 
 def embed_json(content: Any) -> str:
-    """JSON for a script element: compact, and nothing in it ends the element."""
+    """JSON for a script element: compact, and nothing in it ends the element or begins a comment."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    return text.replace("<", "\\u003c")

@@ -14,7 +14,7 @@ from castbench.compositions.targets import threshold_text
 from castbench.evaluation.aggregate import RESOURCES, read_json
 from castbench.evaluation.statistics import SPLITS
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, COMPOSITION_ORDER, TARGETS
-from castbench.report.figures import INK, MUTED, RULE, drawing, empty, panels
+from castbench.report.figures import INK, MUTED, RULE, drawing, empty, legend_below, panels
 
 OURS = "edm_transformer"
 LOSSES = ("edm_cross_entropy", "edm_alpha_report", "edm_transformer")
@@ -294,9 +294,7 @@ def _curves(settings: dict[str, Any], results: Path, path: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.grid(visible=True)
         lines = [plt.Line2D([], [], color=colour) for colour in (STABLE, UNSTABLE)]
-        figure.legend(
-            lines, ["training", "validation (point: kept weights)"], loc="outside lower center", ncols=2
-        )
+        legend_below(figure, lines, ["training", "validation (point: kept weights)"])
 
 
 def _epochs(settings: dict[str, Any], results: Path, path: Path) -> None:
@@ -324,8 +322,7 @@ def _epochs(settings: dict[str, Any], results: Path, path: Path) -> None:
             else:
                 axis.set_ylim(bottom=0)
             axis.grid(visible=True)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        legend_below(figure, *axes[0].get_legend_handles_labels())
 
 
 def attention_by_token(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

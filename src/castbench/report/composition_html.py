@@ -54,7 +54,8 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
     records = [
         read_json(file) | {"cost": read_json(file.with_name("cost.json"))}
         for model in settings["models"]
-        for file in sorted((results / "composition_runs" / model).glob("[0-9]*/metrics.json"))
+        for seed in settings["seeds"]
+        if (file := results / "composition_runs" / model / str(seed) / "metrics.json").exists()
     ]
     ranked = results / "screening" / "ranked.csv"
     return {

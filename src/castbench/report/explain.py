@@ -129,7 +129,7 @@ def change_rows(frame: pd.DataFrame, own: float) -> list[tuple[str, float]]:
         "sentences shuffled": "sentences in another order (mean of three)",
     }  # fmt: skip
     means = frame.groupby("condition")["value"].mean()
-    return [(name, float(means[key]) - own) for key, name in names.items()]
+    return [(name, float(means[key]) - own) for key, name in names.items() if key in means]
 
 
 def part_rows(frame: pd.DataFrame, own: float, reading: Reading) -> list[dict[str, Any]]:

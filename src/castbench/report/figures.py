@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,21 @@ def empty(axis: Axes, reason: str) -> None:
     axis.set(xticks=[], yticks=[])
 
 
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """One legend below the figure, in as many columns as its width has room for."""
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def model_legend(figure: Figure, models: list[str]) -> None:
     """One legend of the models below the figure."""
     handles = [
-        plt.Line2D(
-            [], [], color=MODELS[m].colour, marker="o", linestyle="", markersize=5, label=model_label(m)
-        )
-        for m in models
+        plt.Line2D([], [], color=MODELS[m].colour, marker="o", linestyle="", markersize=5) for m in models
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(models), 7), handletextpad=0.1)
+    legend_below(figure, handles, [model_label(m) for m in models], handletextpad=0.1)
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -227,13 +233,13 @@ def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
             axis.text(0.985, 0.97, ours, transform=axis.transAxes, ha="right", va="top", size=7.5, color=INK)
         handles, labels = next((a.get_legend_handles_labels() for a in axes if a.patches), ([], []))
         dotted = plt.Line2D([], [], color=INK, linestyle=":", linewidth=1)
-        figure.legend([*handles, dotted], [*labels, "paper's mean"], loc="outside lower center", ncols=4)
+        legend_below(figure, [*handles, dotted], [*labels, "paper's mean"])
 
 
 def _token_lengths(settings: dict[str, Any], results: Path, path: Path) -> None:
     crystals = read_crystals(results)
     limit = read_json(results / "tokens" / "manifest.json")["max_tokens"]
-    lengths = crystals["n_tokens_full"].to_numpy()
+    lengths = crystals.loc[crystals["has_text"], "n_tokens_full"].to_numpy()
     with drawing(settings, path) as made:
         figure, (axis,) = panels(1, 1, (7.0, 2.6))
         made.append(figure)
@@ -372,8 +378,7 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
             plt.Line2D([], [], color=INK, linewidth=1),
             plt.Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5),
         ]
-        labels = ["training", "validation", "epoch selected"]
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        legend_below(figure, handles, ["training", "validation", "epoch selected"])
 
 
 def _product(first: list[Any], second: list[Any]) -> Iterator[tuple[tuple[int, Any], tuple[int, Any]]]:

@@ -13,7 +13,7 @@ import markupsafe
 import pandas as pd
 import yaml
 
-from castbench.config import table_settings
+from castbench import config as meaning
 from castbench.deviations import deviations
 from castbench.evaluation.aggregate import (
     RESOURCES,
@@ -143,7 +143,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
     """Everything that the template shows."""
-    settings = table_settings(config)
+    settings = meaning.table_settings(config)
     folder = results / "tables"
     runs = pd.read_csv(folder / "runs.csv")
     records = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
@@ -177,7 +177,7 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "statuses": sorted(Counter(runs["status"]).items()),
         "seconds": runs["seconds"].sum(),
         "pretraining": pretraining_rows(folder / "pretraining.csv"),
-        "attention": attention_summary(results),
+        "attention": attention_summary(results, settings["models"], len(settings["seeds"])),
         "inputs": distinct(finished, "inputs"),
         **provenance(
             config, "cast", finished, [file for file in sorted(folder.iterdir()) if file.suffix in DOWNLOADS]
@@ -233,14 +233,16 @@ def kind_of_run(settings: dict[str, Any]) -> dict[str, str]:
 def table1_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of Table 1: label, colour, inputs and cells with text, rank, paper's text, and `near`.
 
-    `near` is whether a comparable value lies within two combined standard deviations of the paper's.
+    `near` is whether a comparable value lies within two combined standard deviations of the paper's; None
+    where a run is missing, or there is one seed alone.
     """
     rows = []
     for model, group in tables.rows(cells):
         shown = []
         for cell in group:
             near = None
-            if cell["comparable"] is True:
+            complete = cell["finished"] == cell["expected"] and not math.isnan(cell["std"])
+            if cell["comparable"] is True and complete:
                 near = abs(cell["difference"]) <= 2 * math.hypot(cell["std"], cell["paper_std"])
             paper = "" if math.isnan(cell["paper_mean"]) else tables.paper_text(cell)
             text = tables.cell_text(cell)
@@ -328,14 +330,18 @@ def interval(
     return markupsafe.Markup(f"{mean}<small>{low} to {high}</small>")
 
 
-def attention_summary(results: Path) -> dict[str, Any]:
+def attention_summary(results: Path, models: list[str], seeds: int) -> dict[str, Any]:
     """What the report says of attention: the interactive views' data, and evidence.csv as tables.
+
+    Of the configured `models` alone, whatever else earlier configurations have left.
 
     Keys: maps, text (data of the views, or None); notes (what could not be shown); target; shown (the seeds
     of the maps); seeds (of the numbers); layers (rows of Figure 3's numbers); similarity (pairs, crystals,
     one_node, seeds by model); verdict; rows (evidence by model, measure and about).
     """
-    maps, text = read_maps(results), read_json(results / "attention" / "text.json")
+    reading = [model for model in models if meaning.MODELS[model][0] != "none"]
+    maps = read_maps(results) if {"cast", "cast_scratch"} <= set(models) else {}
+    text = read_json(results / "attention" / "text.json") if reading else {}
     summary: dict[str, Any] = {
         "maps": browser_maps(maps) if maps.get("models") else None,
         "text": browser_text(text) if "weights" in text else None,
@@ -350,7 +356,7 @@ def attention_summary(results: Path) -> dict[str, Any]:
         "rows": {},
         "parts": PARTS,
     }
-    if not (results / "tables" / "evidence.csv").exists():
+    if not reading or not (results / "tables" / "evidence.csv").exists():
         return summary
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     evidence = read_evidence(results)
@@ -366,22 +372,25 @@ def attention_summary(results: Path) -> dict[str, Any]:
         first = by_material[by_material["layer"] == 1]
         pairs = counts[(counts["layer"] == 1) & (counts["head"] < 0)].groupby("model")["count"].sum()
         for model, group in first.groupby("model"):
-            seeds = group["seed"].nunique()
-            crystals, alone = group["material_id"].nunique(), int((group["n_nodes"] < 2).sum()) // seeds
+            runs = group["seed"].nunique()
+            crystals, alone = group["material_id"].nunique(), int((group["n_nodes"] < 2).sum()) // runs
             summary["similarity"][model] = {
-                "pairs": int(pairs.get(model, 0)) // seeds, "crystals": crystals - alone, "one_node": alone,
-                "seeds": seeds,
+                "pairs": int(pairs.get(model, 0)) // runs, "crystals": crystals - alone, "one_node": alone,
+                "seeds": runs,
             }  # fmt: skip
         summary["layers"] = sorted(by_material["layer"].unique().tolist())
-        summary["verdict"] = verdict(rows.get("cast", {}), summary["layers"])
+        summary["verdict"] = verdict(rows.get("cast", {}), summary["layers"], seeds)
     return summary
 
 
-def verdict(rows: dict[str, dict[str, Any]], layers: list[int]) -> str:
-    """Whether the paper's effect of pretraining on the similarity of attention is seen, in a sentence."""
+def verdict(rows: dict[str, dict[str, Any]], layers: list[int], seeds: int) -> str:
+    """Whether the paper's effect of pretraining on the similarity of attention is seen, in a sentence.
+
+    None where an interval or one of the `seeds` is missing.
+    """
     found = rows.get("similarity, with minus without pretraining", {})
     changes = [found[str(layer)] for layer in layers if str(layer) in found]
-    if not changes or any(math.isnan(row["low"]) for row in changes):
+    if not changes or any(math.isnan(row["low"]) or row["seeds"] < seeds for row in changes):
         return ""
     lower, higher = sum(row["high"] < 0 for row in changes), sum(row["low"] > 0 for row in changes)
     seen = "seen" if lower == len(changes) else "seen in part" if lower else "not seen"

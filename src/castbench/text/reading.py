@@ -84,32 +84,37 @@ class Reader:
         text = (text or "").strip()
         text = normalise_matscibert(text) if self.normalise else text
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        if not text:
-            ids, offsets = [cls], [(0, 0)]
-        else:
-            encoded = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
-            ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        n_full = len(ids)
+        tokens = [(cls, (0, 0), True)]  # id, characters, whether it stands for none
+        if text:
+            encoded = self.tokenizer(
+                text,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                truncation=False,
+                verbose=False,
+            )
+            columns = (encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+            tokens = list(zip(*columns, strict=True))
+        n_full = len(tokens)
         if n_full > self.max_tokens:
-            ids, offsets = [*ids[: self.max_tokens - 1], sep], [*offsets[: self.max_tokens - 1], (0, 0)]
-        return self._label(text, ids, offsets, n_full)
+            tokens = [*tokens[: self.max_tokens - 1], (sep, (0, 0), True)]
+        return self._label(text, tokens, n_full)
 
-    def _label(self, text: str, ids: list[int], offsets: list[tuple[int, int]], n_full: int) -> Reading:
+    def _label(self, text: str, tokens: list[tuple[int, tuple[int, int], bool]], n_full: int) -> Reading:
         characters = [(match.start(), match.group()) for match in re.finditer(r"\S+", text)]
         starts = np.array([start for start, _ in characters], dtype=np.int64)
         spans = find_parts(text)
         span_starts = np.array([span.start for span in spans], dtype=np.int64)
         words, word, part, sentence = [], [], [], []
         seen = -1  # the word of the text that the last token belongs to
-        for token, (start, stop) in zip(ids, offsets, strict=True):
-            if start == stop:
+        for token, (start, stop), special in tokens:
+            if special:
                 words.append(str(self.tokenizer.convert_ids_to_tokens(token)))
                 part.append(SPECIAL)
                 sentence.append(-1)
             else:
-                start += len(text[start:stop]) - len(
-                    text[start:stop].lstrip()
-                )  # byte-level pieces hold a space
+                # Pieces of bytes hold a space, or are one.
+                start += len(text[start:stop]) - len(text[start:stop].lstrip())
                 place = int(np.searchsorted(starts, start, side="right")) - 1
                 if place != seen:
                     words.append(characters[place][1])
@@ -118,4 +123,5 @@ class Reader:
                 part.append(PARTS.index(span.part))
                 sentence.append(span.sentence)
             word.append(len(words) - 1)
-        return Reading(text, np.array(ids), words, np.array(word), np.array(part), np.array(sentence), n_full)
+        ids = np.array([token for token, _, _ in tokens])
+        return Reading(text, ids, words, np.array(word), np.array(part), np.array(sentence), n_full)

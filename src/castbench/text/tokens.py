@@ -114,7 +114,8 @@ def tokenize_text(settings: dict[str, Any], descriptions: Path, encoder: Path, o
         for material_ids, texts in _batches(descriptions):
             for pair in zip(material_ids, texts, strict=True):
                 seen.update(repr(pair).encode())
-            cut = [normalise(text) if text and normalise else text or "" for text in texts]
+            cut = [(text or "").strip() for text in texts]  # as `Reader` does
+            cut = [normalise(text) if normalise else text for text in cut]
             encoded = tokenizer(cut, add_special_tokens=True, truncation=False, padding=False, verbose=False)
             has_text = np.array([bool(text and text.strip()) for text in texts], dtype=bool)
             lengths = np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int32)

@@ -55,6 +55,12 @@ def test_a_part_without_a_value_of_a_target_is_refused(tmp_path: Path):
     split(folder, regression=[])
 
 
+def test_a_class_that_training_has_none_of_is_refused(tmp_path: Path):
+    folder = aggregated(tmp_path, [row | {"gap": "1"} for row in rows()])
+    with pytest.raises(InputError, match=r"every formula is non-metal \(metal: .*classification.metallicity"):
+        split(folder, classification={"stability": 0.0, "metallicity": 0.0})
+
+
 def test_too_few_formulas_are_refused(tmp_path: Path):
     folder = aggregated(tmp_path, rows()[1:6])
     with pytest.raises(InputError, match="5 ABX3 formulas, and 10 are the fewest"):

@@ -44,7 +44,7 @@ def test_markdown_and_latex_mark_best_and_second_and_say_reference_only(results)
     tables = aggregate(results)
     markdown, latex = (tables / "table1.md").read_text(), (tables / "table1.tex").read_text()
     assert markdown.count("**0.405 (0.007)**") == 3
-    assert markdown.count("<u>0.505 (0.007)</u>") == 3
+    assert markdown.count("<ins>0.505 (0.007)</ins>") == 3
     assert "Total energy (eV/atom)<br>n = 63 / 9 / 18" in markdown
     assert (
         "reference only" in markdown and "paper 0.256 (0.045)" in markdown and "difference +" not in markdown

@@ -162,6 +162,15 @@ def test_an_unfinished_fold_is_a_gap_and_its_task_not_submitted(tmp_path, caplog
     assert "1 of 5 folds not finished; the task is not in results.json.gz" in caplog.text
 
 
+def test_a_task_of_which_no_run_finished_is_a_gap_among_the_others(tmp_path):
+    write_runs(tmp_path, fail=[(METAL, fold, seed) for fold in range(FOLDS) for seed in SETTINGS["seeds"]])
+    aggregate_matbench(SETTINGS, tmp_path)
+    table = pd.read_csv(tmp_path / "tables" / "matbench.csv").set_index(["task", "model"])
+    row = table.loc[METAL, "structure_only"]
+    assert np.isnan(row["mean"]) and (row["finished"], row["expected"]) == (0, 10)
+    assert np.isfinite(table.loc[JDFT, "structure_only"]["mean"])
+
+
 def test_the_report_compares_published_files_alone():
     assert kind({"files": [{"task": JDFT, "published": True}]})["badge"] == "Matbench"
     own = kind({"files": [{"task": JDFT, "published": True}, {"task": METAL, "published": False}]})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from castbench.evaluation.aggregate import read_run
+from castbench.evaluation.attention import BY_MATERIAL
 from castbench.evaluation.evidence import tabulate_evidence
 from castbench.evaluation.probes import (
     DRAWS,
@@ -130,10 +131,7 @@ def test_attention_is_that_of_the_model(study, encoder):
 
 
 @pytest.mark.parametrize("model", ["cast", "text_only"])
-def test_gradients_add_up_to_the_difference_from_a_blank_text(study, encoder, model, monkeypatch):
-    import castbench.evaluation.probes as module
-
-    monkeypatch.setattr(module, "STEPS", 64)
+def test_gradients_add_up_to_the_difference_from_a_blank_text(study, encoder, model):
     subject = subject_of(study, encoder, model)
     reading = Reader.of(study / "tokens", encoder).read(TEXTS[1])
     blank = np.where(reading.part == SPECIAL, reading.ids, subject.pad_id)
@@ -187,8 +185,34 @@ def test_spearman():
     assert np.isnan(spearman(np.ones(3), np.arange(3)))
 
 
+def evidence_of(*probed, compared=False):
+    return {"target": "band_gap", "probed": probed, "compared": compared}
+
+
+def test_attention_is_compared_on_the_seeds_that_both_have(tmp_path):
+    """A value that depends on the seed alone: pretraining changes nothing."""
+    (tmp_path / "probes").mkdir()
+    rows = [
+        (model, seed, f"m-{i}", 1, 3, 9, 0.3 * seed, 0.3 * seed, 5.0, 5.0)
+        for model, seeds in (("cast", (0, 1)), ("cast_scratch", (1, 2)))
+        for seed in seeds
+        for i in range(6)
+    ]
+    pd.DataFrame(rows, columns=BY_MATERIAL.names).to_parquet(tmp_path / "by_material.parquet")
+    tabulate_evidence(evidence_of(compared=True), tmp_path, tmp_path / "evidence.csv")
+    table = pd.read_csv(tmp_path / "evidence.csv").set_index(["model", "measure"])
+    row = table.loc[("cast", "similarity, with minus without pretraining")]
+    assert row["mean"] == row["low"] == row["high"] == 0 and row["seeds"] == 1
+    assert table.loc[("cast", "similarity"), "seeds"] == 2
+
+
+def test_what_an_earlier_configuration_left_is_not_read(folder, tmp_path):
+    tabulate_evidence(evidence_of("text_only"), folder, tmp_path / "evidence.csv")
+    assert set(pd.read_csv(tmp_path / "evidence.csv")["model"]) == {"text_only"}
+
+
 def test_every_number_has_crystals_and_an_interval(folder, tmp_path):
-    tabulate_evidence({"target": "band_gap"}, folder, tmp_path / "evidence.csv")
+    tabulate_evidence(evidence_of(*MODELS), folder, tmp_path / "evidence.csv")
     frame = pd.read_csv(tmp_path / "evidence.csv")
     assert set(frame["model"]) == set(MODELS) and (frame["seeds"] == 2).all()
     few = frame["n"] < 5
@@ -220,13 +244,14 @@ def test_numbers_are_what_they_say(tmp_path):
         rows += [row("rank correlation", 0.3, material)]
     (tmp_path / "probes").mkdir()
     pd.DataFrame(rows).to_parquet(tmp_path / "probes" / "cast.parquet")
-    tabulate_evidence({"target": "band_gap"}, tmp_path, tmp_path / "evidence.csv")
+    tabulate_evidence(evidence_of("cast"), tmp_path, tmp_path / "evidence.csv")
     found = pd.read_csv(tmp_path / "evidence.csv").set_index(["measure", "about"])["mean"].to_dict()
     assert found["change", "none"] == 1 and found["error change", "none"] == 1
     assert found["change", "sentences shuffled"] == 1
     assert found["change", "formula"] == 0.5 and found["error change", "formula"] == -0.5
     assert found["change by chance", "formula"] == pytest.approx(2 / 3)
     assert found["attention", "formula"] == 0.7 and found["tokens", "formula"] == 0.25
+    assert found["attribution", "formula"] == 0.4 and found["inner tokens", "formula"] == 0.25
     # from (0, 0) to (0.5, 2) to (1, 2), and half of that
     assert found["area", "attended"] == 1.5 and found["area", "random"] == 0.75
     assert found["area", "attended minus random"] == 0.75
@@ -245,7 +270,7 @@ def test_seeds_are_averaged_within_a_crystal(tmp_path):
             for condition in ("own", "none")
         ]
         pd.DataFrame(rows, columns=SCHEMA.names).to_parquet(tmp_path / "probes" / "masked_node.parquet")
-        tabulate_evidence({"target": "band_gap"}, tmp_path, tmp_path / f"{name}.csv")
+        tabulate_evidence(evidence_of("masked_node"), tmp_path, tmp_path / f"{name}.csv")
     one, three = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("one", "three"))
     assert list(one["seeds"]) == [1, 1] and list(three["seeds"]) == [3, 3]
     pd.testing.assert_frame_equal(one.drop(columns="seeds"), three.drop(columns="seeds"), rtol=1e-4)
@@ -256,7 +281,7 @@ def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
     from transformers import AutoModel
 
     output = tmp_path / "text.json"
-    extract_text_attention(study / "descriptions.parquet", "m-2", study / "tokens", encoder, output)
+    extract_text_attention(study / "descriptions.parquet", study / "tokens", encoder, output, "m-2")
     found = json.loads(output.read_text())
     weights = np.array(found["weights"])
     assert weights.shape == (2, 2, len(found["words"])) and weights.sum(-1) == pytest.approx(1, abs=1e-4)
@@ -272,7 +297,7 @@ def test_cls_attention_of_the_encoder(study, encoder, tmp_path):
 @pytest.mark.parametrize("material", ["m-0", "mp-1"])
 def test_a_crystal_without_description_is_left_out_with_a_note(study, encoder, tmp_path, material, caplog):
     output = tmp_path / "text.json"
-    extract_text_attention(study / "descriptions.parquet", material, study / "tokens", encoder, output)
+    extract_text_attention(study / "descriptions.parquet", study / "tokens", encoder, output, material)
     note = json.loads(output.read_text())["note"]
     assert note.startswith(f"attention.text: {material} has no description in this data set")
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [note]

@@ -74,8 +74,14 @@ def test_a_material_is_on_one_side_for_every_target(split):
 def test_order_of_rows_does_not_matter_and_the_seed_does(split):
     rows = make_rows(200)
     first = split(rows, seed=1)
-    random.Random(5).shuffle(rows)
     assert split(rows, seed=1) == first
+    random.Random(5).shuffle(rows)
+    again = split(rows, seed=1)
+    for target, content in again.items():
+        assert content.pop("materials_sha256") != first[target].pop(
+            "materials_sha256"
+        )  # training starts anew
+    assert again == first
     assert split(rows, seed=2)["formation_energy"]["test"] != first["formation_energy"]["test"]
 
 

@@ -61,7 +61,9 @@ def write_attention(results, models=("cast_scratch", "cast")):
     write_json(folder / "text.json", text | {"weights": rng.dirichlet(np.ones(8), (6, 3)).tolist()})
     for model in (*(m for m in ("crysmmnet_frozen", *models)), "masked_node"):
         write_probes(folder / "probes" / f"{model}.parquet", rng)
-    tabulate_evidence({"target": "total_energy"}, folder, results / "tables" / "evidence.csv")
+    probed = [*(m for m in ("crysmmnet_frozen", *models)), "masked_node"]
+    own = {"target": "total_energy", "probed": probed, "compared": len(models) > 1}
+    tabulate_evidence(own, folder, results / "tables" / "evidence.csv")
 
 
 def write_probes(file, rng):

@@ -3,12 +3,14 @@ import json
 import shutil
 import zlib
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import save
 
 from castbench.evaluation.evidence import COLUMNS
+from castbench.labels import MODELS
 from castbench.provenance import write_json
 from castbench.report import attention
 from castbench.report.attention import (
@@ -21,6 +23,7 @@ from castbench.report.attention import (
     quantised,
     read_maps,
 )
+from castbench.report.figures import model_legend
 
 
 def unpack(packed):
@@ -75,8 +78,19 @@ def test_the_fifth_layer_has_two_readings_where_the_encoder_has_them(results):
 
 
 def test_nothing_ends_the_script_that_holds_the_data():
-    text = embed_json({"words": ["</script><script>alert(1)</script>", "<!-- x"]})
-    assert "</script" not in text and "<!--" not in text
+    content = {"words": ["</script><script>alert(1)</script>", "<!-- x"]}
+    text = embed_json(content)
+    assert "</script" not in text and "<!--" not in text and json.loads(text) == content
+
+
+@pytest.mark.parametrize("inches", [2.0, 4.8, 12.0])
+def test_a_legend_is_within_its_figure(inches):
+    figure = plt.figure(figsize=(inches, 2), layout="constrained")
+    model_legend(figure, list(MODELS))
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == [model.label for model in MODELS.values()]
+    plt.close(figure)
 
 
 def test_figures_without_any_run(settings, results, tmp_path):

@@ -146,14 +146,19 @@ def test_text_of_the_data_is_escaped(results, config, tmp_path):
 
 
 def test_the_pretraining_effect_is_judged_from_the_intervals(results):
-    assert "the effect is seen." in attention_summary(results)["verdict"]
+    assert "the effect is seen." in attention_summary(results, ["cast", "cast_scratch"], 2)["verdict"]
+    assert attention_summary(results, ["cast", "cast_scratch"], 3)["verdict"] == ""  # a seed is missing
+    left = attention_summary(results, ["structure_only", "multimat"], 2)  # read no text
+    assert left["maps"] is None and left["text"] is None and not left["rows"]
+    assert attention_summary(results, ["cast"], 2)["maps"] is None
     for intervals, judged in (
         ([(-0.2, -0.1), (-0.1, 0.1)], "the effect is seen in part"),
         ([(-0.1, 0.1), (0.1, 0.2)], "more alike in 1 (the interval excludes zero): the effect is not seen"),
     ):
-        found = {str(i + 1): {"low": low, "high": high} for i, (low, high) in enumerate(intervals)}
-        assert judged in verdict({"similarity, with minus without pretraining": found}, [1, 2])
-    assert verdict({}, [1, 2]) == ""
+        rows = enumerate(intervals, 1)
+        found = {str(i): {"low": low, "high": high, "seeds": 2} for i, (low, high) in rows}
+        assert judged in verdict({"similarity, with minus without pretraining": found}, [1, 2], 2)
+    assert verdict({}, [1, 2], 2) == ""
 
 
 def test_attention_is_given_in_numbers_with_their_crystals(page):

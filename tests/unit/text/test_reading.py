@@ -1,9 +1,16 @@
+import json
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import ByteLevelBPETokenizer
+from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
 
+from castbench.errors import InputError
+from castbench.text.encoders import prefetch_encoder
 from castbench.text.reading import LABELS, SPECIAL, Reader
-from castbench.text.tokens import PackedTokens
+from castbench.text.tokens import PackedTokens, tokenize_text
 from small_study import MAX_TOKENS, TEXTS, write_study
 
 
@@ -41,6 +48,40 @@ def test_every_token_knows_its_word_and_part(encoder):
     assert pieces[reading.words.index("MgO6")] == 4
     assert reading.sentence.tolist()[:1] == [-1] and reading.sentence.max() == 3
     assert reading.inner.tolist() == list(range(1, len(reading.ids) - 1))
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """An encoder whose tokenizer cuts texts into bytes, and whose 64 positions begin behind two others."""
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator([TEXTS[0]] * 20, vocab_size=400, min_frequency=1, special_tokens=special)
+    tokenizer.save_model(str(folder))
+    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+    RobertaTokenizerFast(**files).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=400, max_position_embeddings=64, **sizes)
+    RobertaModel(config).save_pretrained(folder)
+    prefetch_encoder(f"{folder}@r1", folder / "encoder")
+    return folder / "encoder"
+
+
+def test_pieces_of_bytes_are_read_like_words(roberta, tmp_path):
+    text = "MgO  crystallizes in the cubic Fm-3m space group.\n MgO is bonded."
+    texts = [text, f" {text}", f"{text}\n"]  # as a source may give them
+    descriptions = tmp_path / "descriptions.parquet"
+    pq.write_table(pa.table({"material_id": list("abc"), "text": texts}), descriptions)
+    tokenize_text({"max_tokens": 62}, descriptions, roberta, tmp_path / "tokens")
+    packed, reader = PackedTokens.open(tmp_path / "tokens"), Reader.of(tmp_path / "tokens", roberta)
+    for row, given in enumerate(texts):
+        reading = reader.read(given)
+        assert np.array_equal(reading.ids, packed[row])
+        assert reading.words == ["<s>", *text.split(), "</s>"]
+        assert reading.inner.tolist() == list(range(1, len(reading.ids) - 1))  # lone spaces too
+    assert json.loads((roberta / "manifest.json").read_text())["positions"] == 62
+    with pytest.raises(InputError, match="reads from 2 to 62"):
+        tokenize_text({"max_tokens": 63}, descriptions, roberta, tmp_path / "tokens")
 
 
 def test_weights_add_up(encoder):
