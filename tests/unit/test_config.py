@@ -39,7 +39,7 @@ def properties(schema: dict, path: str = ""):
 @pytest.mark.parametrize(
     "overlay",
     [None, *(f"presets/{preset}" for preset in ("smoke", "paper", "perovskite", "matbench")),
-     "resources/reference_runs/elastic4/config"],
+     *(f"resources/reference_runs/elastic4/{name}" for name in ("config", "published_schedule"))],
 )  # fmt: skip
 def test_overlays_fit_the_schema(root: Path, schema: dict, config: dict, overlay: str | None):
     if overlay:
