@@ -110,6 +110,7 @@ def split_structures(
     }
     table = pq.read_table(materials, columns=["material_id", "targets"])
     members = list(zip(table["material_id"].to_pylist(), table["targets"].to_pylist(), strict=True))
+    made_of = {"group_by": "composition", "materials_sha256": sha256_file(materials)}
     for target in settings["targets"]:
         ids: dict[str, list[str]] = {part: [] for part in PARTS}
         for identifier, targets in members:
@@ -120,8 +121,7 @@ def split_structures(
         if reason:
             log.warning("%s: %s; skipped", target, reason)
         header = {"target": target, "seed": settings["seed"], "fractions": settings["fractions"]}
-        header |= {"group_by": "composition", "materials_sha256": sha256_file(materials)}
-        write_split(output / f"{target}.json", header, ids, reason)
+        write_split(output / f"{target}.json", header | made_of, ids, reason)
 
 
 def leakage(polymorphs: Path, fractions: list[float], seed: int) -> dict[str, Any]:
