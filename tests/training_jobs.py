@@ -116,6 +116,11 @@ def run_job(
     return _exit_status(_start(arguments, interval, stop, number, point, {}))
 
 
+def run_beside(commands: list[list[str]], interval: float = 30.0) -> list[int]:
+    """Run verbs at the same time as processes that know nothing of each other. See `run_job`."""
+    return [_exit_status(one) for one in [_start(command, interval, 0, 0, 0, {}) for command in commands]]
+
+
 def run_together(
     commands: list[list[str]],
     interval: float = 30.0,

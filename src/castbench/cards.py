@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from castbench.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,12 +70,24 @@ def take(cards: list[str], n: int) -> list[str]:
     return list(held)
 
 
-def choose_device(name: str) -> "torch.device":
-    """The device of a name (cpu, cuda or auto: a GPU where there is one), on a card taken by `take_cards`."""
+def choose_device(name: str, count: int = 1) -> "torch.device":
+    """The device of a name (cpu, cuda or auto: a GPU where there is one), on cards taken by `take_cards`.
+
+    Raises:
+        InputError: a GPU is asked for, or several, and there are not so many.
+    """
     import torch
 
-    take_cards(name)
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    take_cards(name, count)
+    found = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "cuda" and not found:
+        raise InputError(
+            "training.device: cuda, but torch finds no GPU (no driver, or a build of torch for the CPU);"
+            " use cpu or auto"
+        )
+    if found and found < count:
+        raise InputError(f"training.devices: {count}, but torch finds {found} GPUs")
+    return torch.device("cuda" if found else "cpu")
 
 
 def visible_cards() -> list[str]:

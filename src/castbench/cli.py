@@ -155,7 +155,20 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         log.error("%s: %s", chosen, error)
         return 2
-    except Exception:
+    except Exception as error:
+        if full := out_of_memory(error):
+            log.error("%s: %s; lower training.batch_size, or let no other job use this GPU", chosen, full)
+            return 2
         log.exception("%s failed", chosen)
         return 1
     return 0
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """What a GPU said whose memory was full, whatever other error came of that; empty if none did."""
+    torch = sys.modules.get("torch")
+    while torch is not None and error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return str(error).partition(". ")[0]
+        error = error.__cause__ or error.__context__
+    return ""

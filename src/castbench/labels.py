@@ -89,10 +89,10 @@ TARGETS |= {
 # Okabe and Ito's colour-blind safe palette; the order is that of Table 1 of the CAST paper.
 MODELS = by_name(
     Model("structure_only", "coGN", "#0072B2", "graph", "Ruff et al. 2024"),
-    Model("text_only", "Text encoder (LoRA)", "#E69F00", "text", "Gupta et al. 2022"),
+    Model("text_only", "Text encoder (LoRA)", "#E69F00", "text", "Lee et al. 2025"),
     Model("crysmmnet_frozen", "CrysMMNet (frozen)", "#56B4E9", "graph + text", "Das et al. 2023"),
     Model("crysmmnet_lora", "CrysMMNet (LoRA)", "#009E73", "graph + text", "Das et al. 2023"),
-    Model("multimat", "MultiMat", "#999999", "graph + text", "Moro et al. 2024"),
+    Model("multimat", "MultiMat", "#999999", "graph (pretrained with text)", "Moro et al. 2024"),
     Model("cast_scratch", "CAST (no pretraining)", "#CC79A7", "graph + text", "Lee et al. 2025"),
     Model("cast", "CAST", "#D55E00", "graph + text", "Lee et al. 2025"),
 )

@@ -1,6 +1,7 @@
 """Where a file came from: hashes, versions, hardware. And writing files that are whole or not there."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({what}); make space and start again") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, and write in it while no other process does so by this function.
+
+    What killed processes left half-written there is removed. Nobody is kept out where the file system has no
+    locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in folder.glob(".*.partial"):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from castbench.provenance import sha256_file
+from castbench.provenance import FULL, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ SPARE = 1.1  # a copy must leave a tenth of its size free
 def stage_cache(folder: Path) -> Path:
     """Copy a cache (a folder with manifest.json) into $TMPDIR unless it is there; return where to read it.
 
-    The copy is named by the hash of the manifest, which holds those of the files. Where it does not fit,
-    and where there is no cache, that is `folder` itself.
+    The copy is named by the hash of the manifest, which holds those of the files; without its manifest it
+    does not count. Where it does not fit, and where there is no cache, that is `folder` itself.
     """
     manifest = folder / "manifest.json"
     if not manifest.is_file():
@@ -54,8 +54,15 @@ def _copy(folder: Path, copy: Path) -> bool:
         return False
     shutil.rmtree(copy, ignore_errors=True)  # what a killed job left
     copy.mkdir()
-    for file in files:
-        shutil.copyfile(file, copy / file.name)
+    try:
+        for file in files:
+            shutil.copyfile(file, copy / file.name)
+    except OSError as error:  # a quota, or another job has filled the disk
+        if error.errno not in FULL:
+            raise
+        shutil.rmtree(copy, ignore_errors=True)
+        log.warning("%s: does not fit into %s (%s); read where it is", folder, copy.parent, error.strerror)
+        return False
     log.info("%s: %.2f GB copied to %s", folder, size / 1e9, copy)
     return True
 
@@ -66,4 +73,5 @@ def _release(copy: Path, handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
+    (copy / "manifest.json").unlink(missing_ok=True)  # first: a job may be killed before all is removed
     shutil.rmtree(copy, ignore_errors=True)

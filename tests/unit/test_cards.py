@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from castbench import cards
+from castbench.errors import InputError
 
 JOB = """
 import os, sys, time
@@ -103,3 +105,16 @@ def test_without_the_variable_the_driver_is_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert cards.visible_cards() == ["0", "1", "2"]
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"training.device: cuda, but torch finds no GPU"):
+        cards.choose_device("cuda")
+    assert cards.choose_device("auto", 2).type == "cpu"  # processes, there
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cards, "take_cards", lambda device, n: None)
+    assert cards.choose_device("auto", 2).type == "cuda"
+    with pytest.raises(InputError, match=r"training.devices: 4, but torch finds 2 GPUs"):
+        cards.choose_device("cuda", 4)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from castbench import cli
 from castbench.errors import InputError
@@ -66,6 +67,22 @@ def test_bad_input_is_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, tmp
     log = tmp_path / "split.log"
     assert cli.main(["split_materials", "--settings", "{}", "--log", str(log)]) == 2
     assert "mp-1: no structure; give one" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_full_gpu_is_one_line_also_where_it_came_to_another_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def split_materials(settings: dict) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        finally:
+            raise RuntimeError("the recording failed")
+
+    monkeypatch.setattr("castbench.materials.splits.split_materials", split_materials)
+    log = tmp_path / "split.log"
+    assert cli.main(["split_materials", "--settings", "{}", "--log", str(log)]) == 2
+    assert "CUDA out of memory; lower training.batch_size" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

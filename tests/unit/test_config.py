@@ -154,6 +154,14 @@ def test_graphs_are_as_published_unless_it_is_said(config: dict, encoder: str, c
     assert meaning.architecture("crysmmnet_frozen", changed).keys() == {encoder, "concat"}
 
 
+@pytest.mark.parametrize("overlay", ["paper", "matbench"])
+def test_every_preset_gives_every_encoder_its_published_graph(root: Path, config: dict, overlay: str):
+    preset = yaml.safe_load((root / f"workflow/presets/{overlay}.yaml").read_text())
+    for encoder, neighbours in meaning.STRUCTURE_ENCODERS.items():
+        settings = meaning.graph_settings(config | preset | {"structure_encoder": encoder})
+        assert settings.get("neighbours") == neighbours
+
+
 def test_structure_encoders_have_the_same_names_everywhere(schema: dict, config: dict):
     from castbench.labels import STRUCTURE_ENCODERS
 

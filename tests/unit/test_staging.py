@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import subprocess
 import sys
 from collections import namedtuple
@@ -67,6 +68,37 @@ def test_what_a_killed_job_left_half_is_copied_again(
     (copy / "values.npy").write_bytes(b"v")
     assert staging.stage_cache(cache) == copy
     assert (copy / "values.npy").stat().st_size == 1000
+
+
+def test_a_job_that_is_killed_while_it_removes_its_copy_leaves_none_that_counts(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    released = []
+    monkeypatch.setattr("atexit.register", lambda *call: released.append(call))
+    copy = staging.stage_cache(cache)
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda folder, **_: (folder / "values.npy").unlink())
+        for release, *given in released:
+            release(*given)
+    os.close(released.pop()[2])
+    assert copy.is_dir()
+    assert staging.stage_cache(cache) == copy
+    assert (copy / "values.npy").stat().st_size == 1000
+
+
+def test_a_copy_that_meets_a_quota_is_read_where_it_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert staging.stage_cache(cache) == cache
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "does not fit into" in caplog.text
+    assert not [*tmp_path.glob("castbench-*/graphs-*/*")]
 
 
 def test_a_cache_that_does_not_fit_or_is_not_there_is_read_where_it_is(

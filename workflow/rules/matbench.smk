@@ -88,7 +88,9 @@ rule aggregate_matbench:
     conda:
         "../../envs/train.yaml"
     params:
-        settings=settings("dataset", "targets", "models", "training.seeds"),
+        settings=settings(
+            "dataset", "targets", "models", "structure_encoder", "training.seeds"
+        ),
     shell:
         "python -m castbench aggregate_matbench --settings {params.settings:q} --results results/{wildcards.dataset}"
         " --log {log}"

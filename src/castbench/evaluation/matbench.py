@@ -26,6 +26,7 @@ SCORES = {
     "regression": ("mae", "rmse", "mape", "max_error"),
     "classification": ("accuracy", "balanced_accuracy", "f1", "rocauc"),
 }
+AREA = "rocauc_probabilities"  # the area that the package would give if it took probabilities
 MAIN = {"regression": "mae", "classification": "rocauc"}  # what the leaderboard ranks by
 
 
@@ -36,7 +37,7 @@ def aggregate_matbench(settings: dict[str, Any], results: Path) -> None:
     `MatbenchBenchmark.from_file` of its package reads. It has the tasks whose five folds are finished.
 
     Args:
-        settings: {dataset, targets (tasks), models, seeds}: they name the runs to expect.
+        settings: {dataset, targets (tasks), models, structure_encoder, seeds}: they name the runs to expect.
         results: folder of the data set.
     """
     rows: list[dict[str, Any]] = []
@@ -55,7 +56,10 @@ def aggregate_matbench(settings: dict[str, Any], results: Path) -> None:
                         "%s, %s, seed %d: %d of %d folds not finished; the task is not in results.json.gz",
                         task, model, seed, lacking, FOLDS,
                     )  # fmt: skip
-            filled = sum(row["filled"] or 0 for row in rows if (row["model"], row["seed"]) == (model, seed))
+            sent = [
+                row for row in rows if (row["model"], row["seed"]) == (model, seed) and row["task"] in tasks
+            ]
+            filled = sum(row["filled"] for row in sent)
             folder = results / "matbench" / model / str(seed)
             write_results(folder / "results.json.gz", tasks, about(settings, model, seed, filled))
     frame = pd.DataFrame(rows)
@@ -86,7 +90,7 @@ def read_fold(
     row: dict[str, Any] = {"task": task, "fold": fold, "unit": MATBENCH[task].unit}
     row |= {"model": model, "seed": seed, "status": record["status"], "reason": record["reason"]}
     row |= {f"n_{part}": (record.get("n") or {}).get(part) for part in ("train", "validation", "test")}
-    row |= {"filled": None, **dict.fromkeys((*SCORES["regression"], *SCORES["classification"]))}
+    row |= {"filled": None, **dict.fromkeys((*SCORES["regression"], *SCORES["classification"], AREA))}
     row |= {"seconds": read_json(folder / "cost.json").get("seconds"), "commit": record.get("commit")}
     if record["status"] != "finished":
         log.warning("run %s/%s/%d: %s, %s; it is a gap in the tables", fold_name(task, fold), model, seed,
@@ -104,11 +108,16 @@ def read_fold(
         )  # fmt: skip
     predicted = predicted.fillna(record["target_mean"])
     row |= score(test.to_numpy(), predicted.to_numpy(), kind)
+    if kind == "classification":
+        row[AREA] = float(metrics.roc_auc_score(test > 0.5, predicted))
     return row, {str(name): float(value) for name, value in predicted.items()}
 
 
 def score(truth: np.ndarray, predicted: np.ndarray, kind: str) -> dict[str, float]:
-    """Matbench's scores of a fold: classes are cut at 0.5, values near zero have no relative error.
+    """Matbench's scores of a fold: probabilities are cut at 0.5, values near zero have no relative error.
+
+    The package cuts them for the area under the ROC curve too (its issues 137 and 181), which is then the
+    balanced accuracy: so is every recorded one.
 
     Args:
         truth: (n,) in the task's unit, or classes 0 and 1.
@@ -121,7 +130,7 @@ def score(truth: np.ndarray, predicted: np.ndarray, kind: str) -> dict[str, floa
             metrics.accuracy_score(classes, called),
             metrics.balanced_accuracy_score(classes, called),
             metrics.f1_score(classes, called, zero_division=0),
-            metrics.roc_auc_score(classes, predicted),
+            metrics.roc_auc_score(classes, called),
         )
     else:
         error, known = np.abs(predicted - truth), np.abs(truth) > NEAR_ZERO

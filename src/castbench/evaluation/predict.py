@@ -20,16 +20,16 @@ from castbench.evaluation.new_crystals import (
     run_encoder,
     write_materials,
 )
-from castbench.evaluation.trained import load_run, read_config
+from castbench.evaluation.trained import load_run, read_config, results_of
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.structures import RecordError
 from castbench.models import COMPOSITION_REGISTRY
-from castbench.provenance import atomic_path, sha256_file
+from castbench.provenance import atomic_path, package_versions, sha256_file
 from castbench.report import tables
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import in_unit
 from castbench.training.objectives import predict as predict_rows
-from castbench.training.session import ONE_DEVICE, open_session
+from castbench.training.session import ONE_DEVICE, PACKAGES, open_session
 
 log = logging.getLogger(__name__)
 OUTPUT = Path("predictions.csv")
@@ -88,7 +88,7 @@ def predict_crystals(
 ) -> tuple[pd.DataFrame, int]:
     """A row a crystal, and the number of those that have none; `room` is a folder for temporary files."""
     record, config = read_run(runs[0]), read_config(runs[0])
-    results, target = runs[0].resolve().parents[3], TARGETS[record["target"]]
+    results, target = results_of(runs[0]), TARGETS[record["target"]]
     for run in runs:
         check_caches(run, results)
     encoder = run_encoder(record, results)
@@ -186,10 +186,11 @@ def finished_runs(run: Path) -> list[Path]:
     """The run itself, or the finished ones of a model's folder; the others cost a line in the log.
 
     Raises:
-        InputError: there is none, or it predicts no property.
+        InputError: there is none, it predicts no property, or they differ in more than their seed.
     """
     alone = (run / "metrics.json").exists()
-    seeds = [run] if alone else sorted(run.glob("[0-9]*"), key=lambda folder: int(folder.name))
+    folders = [folder for folder in run.glob("*") if folder.name.isdigit()]
+    seeds = [run] if alone else sorted(folders, key=lambda folder: int(folder.name))
     finished = []
     for folder in seeds:
         record = read_run(folder)
@@ -201,7 +202,27 @@ def finished_runs(run: Path) -> list[Path]:
             log.warning("%s: %s, %s; left out", folder, record["status"], record.get("reason"))
     if not finished:
         raise InputError(f"{run}: no finished run is here; {WANTED}")
+    for folder in finished[1:]:
+        if made_from(folder) != made_from(finished[0]):
+            raise InputError(
+                f"{folder}: has other settings or data than {finished[0]}; remove what an earlier"
+                " configuration left, or give the folder of one seed"
+            )
+    warn_of_versions(finished[0])
     return finished
+
+
+def warn_of_versions(run: Path) -> None:
+    """Say where packages are not those that the run was trained with; elements' features come from some."""
+    trained, here = read_run(run).get("versions", {}), package_versions()
+    if other := [name for name in PACKAGES if trained.get(name) != here.get(name)]:
+        told = ", ".join(f"{name} {trained.get(name)}, here {here.get(name)}" for name in other)
+        log.warning("%s: trained with %s; predictions may differ", run, told)
+
+
+def made_from(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and data of a run, but for its seed."""
+    return read_config(run) | {"seed": None}, read_run(run)["inputs"]
 
 
 def predict_runs(

@@ -166,12 +166,12 @@ def nearest_graph(unit: AsymmetricUnit, neighbours: int, symprec: float) -> Crys
 
 
 def radius_graph(unit: AsymmetricUnit, radius: float, symprec: float) -> CrystalGraph:
-    """The graph of all neighbours within `radius`, angstrom; a lone atom gets its nearest shell.
+    """The graph of all neighbours within `radius`, angstrom, to 1e-7; a lone atom gets its nearest shell.
 
     (MEGNet's reference refuses a crystal with a lone atom.)
     """
     _, nearest = pairs_with_nearest(unit.lattice, unit.positions, unit.representatives, 1)
-    reach = np.maximum(radius, nearest + TIE)
+    reach = np.maximum(radius, nearest) + TIE
     pairs = pairs_within(unit.lattice, unit.positions, unit.representatives, reach.max())
     return merged(unit, pairs[pairs.distance <= reach[pairs.centre]], symprec)
 

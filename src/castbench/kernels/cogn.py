@@ -30,7 +30,8 @@ PROGRAMS = 264  # at most, that share the sums for weights of a kind: two for a 
 OF_NODES = {"TILE": 16, "TOGETHER": 4, "num_warps": 8, "num_stages": 2}
 OF_EDGES = {"TILE": 32, "num_warps": 8, "num_stages": 2}
 OF_WEIGHTS = {"TILE": 64, "num_warps": 8, "num_stages": 3}
-DEEP = 184_320  # bytes that three stages of these take in float32
+DEEP = 184_320  # bytes that three stages of these take in float32, and of the others two:
+TWO_DEEP = 122_880
 
 
 @triton.jit
@@ -302,18 +303,19 @@ class Rounds(torch.autograd.Function):
         inputs = basis.new_empty(rounds, layers + 1, n_edges, d)
         received, updates = basis.new_empty(2, rounds, n_nodes, d)
         projected = basis.new_empty(n_nodes, 2, d)
+        of_nodes, of_edges = _staged(OF_NODES, inputs), _staged(OF_EDGES, inputs)
         for r in range(rounds + 1):
             before, after = max(r - 1, 0), min(r, rounds - 1)  # the round that ends here, and the next
-            _nodes_forward[_tiles(n_nodes, OF_NODES)](
+            _nodes_forward[_tiles(n_nodes, of_nodes)](
                 every_state[before], inputs[before, -1], m, starts, own_update[0, before], biases[before, -1],
                 received[before], updates[before], every_state[r],
                 own_first[0, after], entry_bias[after], projected, n_nodes,
-                D=d, RECEIVES=r > 0, PROJECTS=r < rounds, **step, **OF_NODES,
+                D=d, RECEIVES=r > 0, PROJECTS=r < rounds, **step, **of_nodes,
             )  # fmt: skip
             if r < rounds:
-                _edges_forward[_tiles(n_edges, OF_EDGES)](
+                _edges_forward[_tiles(n_edges, of_edges)](
                     basis, source, target, projected, entry[0, r], own_hidden[0, r], biases[r, 1:], inputs[r],
-                    n_edges, K=k, D=d, L=layers, **step, **OF_EDGES,
+                    n_edges, K=k, D=d, L=layers, **step, **of_edges,
                 )  # fmt: skip
         ctx.save_for_backward(
             basis, m, target, starts, order, source_starts, edge_input, first, own_first, own_hidden,
@@ -335,19 +337,20 @@ class Rounds(torch.autograd.Function):
         of_state = gradients[0].float().contiguous()
         of_inputs, of_projected = torch.empty_like(inputs), basis.new_empty(rounds, n_nodes, 2, d)
         of_updates, of_received = torch.empty_like(updates), of_state.new_empty(n_nodes, d)
+        of_nodes, of_edges = _staged(OF_NODES, inputs), _staged(OF_EDGES, inputs)
         for r in range(rounds, -1, -1):
             before, after = max(r - 1, 0), min(r, rounds - 1)
             of_earlier = torch.empty_like(of_state) if r < rounds else of_state
-            _nodes_backward[_tiles(n_nodes, OF_NODES)](
+            _nodes_backward[_tiles(n_nodes, of_nodes)](
                 of_state, of_inputs[after, 0], starts, order, source_starts, own_first[0, after],
                 of_projected[after], of_earlier, updates[before], own_update[0, before], of_updates[before],
-                of_received, n_nodes, D=d, PROJECTED=r < rounds, RECEIVED=r > 0, **step, **OF_NODES,
+                of_received, n_nodes, D=d, PROJECTED=r < rounds, RECEIVED=r > 0, **step, **of_nodes,
             )  # fmt: skip
             of_state = of_earlier
             if r > 0:
-                _edges_backward[_tiles(n_edges, OF_EDGES)](
+                _edges_backward[_tiles(n_edges, of_edges)](
                     inputs[before], of_received, target, m, own_hidden[0, before], of_inputs[before],
-                    n_edges, D=d, L=layers, **step, **OF_EDGES,
+                    n_edges, D=d, L=layers, **step, **of_edges,
                 )  # fmt: skip
         of_hidden, of_hidden_bias = _weight_gradients(
             of_inputs, inputs, n_edges, (d, d), rounds * layers, active=True,
@@ -391,6 +394,12 @@ def _weight_gradients(
 
 def _tiles(rows: int, settings: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(rows, settings["TILE"]),)
+
+
+def _staged(settings: dict[str, int], like: Tensor) -> dict[str, int]:
+    """`settings` with which a kernel on data like these fits into the GPU's shared memory."""
+    small = like.is_cuda and shared_memory(like.device) < TWO_DEEP
+    return settings | {"num_stages": 1} if small and like.dtype == torch.float32 else settings
 
 
 def _factors(weights: list[Tensor], kind: torch.dtype) -> list[Tensor]:

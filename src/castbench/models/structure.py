@@ -132,7 +132,12 @@ class WeightedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Normalised rows (R, d)."""
+        """Normalised rows (R, d), of their type; statistics are taken in float32."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.normalised(rows.to(self.weight.dtype), weights).to(rows.dtype)
+
+    def normalised(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Normalised rows (R, d), of the statistics' type."""
         mean, variance = self.running_mean, self.running_var
         if self.training:
             total = over_processes(weights.sum())

@@ -15,6 +15,7 @@ from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import attention, node_names
 from castbench.evaluation.new_crystals import make_caches, run_encoder
 from castbench.evaluation.probes import Row, Subject, parts_of
+from castbench.evaluation.trained import results_of
 from castbench.labels import MODELS, TARGETS
 from castbench.materials.records import Material, read_material, to_table
 from castbench.models.cross_attention import Cast
@@ -44,7 +45,7 @@ def explain(run: Path, crystal: Path, /, output: Path | None = None) -> None:
         raise InputError(f"{run}: no finished run is here; give results/DATASET/runs/TARGET/MODEL/SEED")
     if record["text"] == "none":
         raise InputError(f"{run}: {record['model']} reads no text; take a run of another model")
-    results = run.resolve().parents[3]
+    results = results_of(run)
     encoder = run_encoder(record, results)
     assert encoder is not None
     material = read_material(crystal)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from castbench.errors import InputError
-from castbench.provenance import hardware
+from castbench.provenance import alone_in, hardware
 from castbench.training.compositions import CompositionData, read_compositions, write_composition_run
 from castbench.training.records import Result
 
@@ -62,7 +62,9 @@ def fit_baseline(
         record = {"dataset": settings["dataset"], "model": model, "seed": seed, **data.record()}
         seconds = time.monotonic() - start
         spent = {"seconds": round(seconds, 3), "hardware": hardware() | {"threads": threads, "device": "cpu"}}
-        write_composition_run(output / str(seed), record, settings, Result("finished", cost=spent), parts)
+        folder = output / str(seed)
+        with alone_in(folder):
+            write_composition_run(folder, record, settings, Result("finished", cost=spent), parts)
 
 
 def _predict(

@@ -5,12 +5,21 @@ Everything in it comes from the run's record and settings, and it has no times: 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import yaml
 
 from castbench.deviations import deviations
-from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MATBENCH, MODELS, TARGETS
+from castbench.labels import (
+    CLASS_TARGETS,
+    COMPOSITION_MODELS,
+    MATBENCH,
+    MODELS,
+    STRUCTURE_ENCODERS,
+    TARGETS,
+    Model,
+)
 
 METRICS = {
     "mae": "MAE",
@@ -64,11 +73,12 @@ def model_card(record: dict[str, Any], settings: dict[str, Any]) -> str:
         record: its metrics.json.
         settings: its config.json.
     """
-    found = scores(record)
+    found, name = scores(record), title(record, settings)
+    metadata = header(record, name, found)
     parts = [
-        f"---\n{yaml.safe_dump(header(record, found), sort_keys=False, allow_unicode=True, width=1000)}"
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}"
         "# license: yours to choose; the data's licence may ask for attribution\n---",
-        f"# {title(record)}",
+        f"# {name}",
         introduction(record, settings),
     ]
     if record["status"] != "finished":
@@ -89,20 +99,28 @@ def is_composition(record: dict[str, Any]) -> bool:
     return "target" not in record and "objective" not in record
 
 
-def label(record: dict[str, Any]) -> str:
-    """Name of the model or the pretraining."""
-    if "objective" in record:
-        return OBJECTIVES[record["objective"]].partition(",")[0].capitalize()
-    return (COMPOSITION_MODELS | MODELS)[record["model"]].label
+def model_of(record: dict[str, Any], settings: dict[str, Any]) -> Model:
+    """The model, with the structure encoder that it has."""
+    model = (COMPOSITION_MODELS | MODELS)[record["model"]]
+    for name in settings.get("architecture", {}).keys() & STRUCTURE_ENCODERS.keys():
+        label, source = STRUCTURE_ENCODERS[name]
+        if model.name == "structure_only":
+            return replace(model, label=label, source=source)
+        return replace(model, inputs=f"{model.inputs} ({label})")
+    return model
 
 
-def title(record: dict[str, Any]) -> str:
+def title(record: dict[str, Any], settings: dict[str, Any]) -> str:
     """One line: what was trained on what."""
+    if "objective" in record:
+        label = OBJECTIVES[record["objective"]].partition(",")[0].capitalize()
+    else:
+        label = model_of(record, settings).label
     target = f", {TARGETS[record['target']].axis}" if "target" in record else ""
-    return f"{label(record)}{target}, {record['dataset']}, seed {record['seed']}"
+    return f"{label}{target}, {record['dataset']}, seed {record['seed']}"
 
 
-def header(record: dict[str, Any], found: list[Score]) -> dict[str, Any]:
+def header(record: dict[str, Any], name: str, found: list[Score]) -> dict[str, Any]:
     """The metadata; its results are those on the test set."""
     content: dict[str, Any] = {
         "library_name": "castbench",
@@ -124,7 +142,7 @@ def header(record: dict[str, Any], found: list[Score]) -> dict[str, Any]:
             }
         )
     if results:
-        content["model-index"] = [{"name": title(record), "results": results}]
+        content["model-index"] = [{"name": name, "results": results}]
     return content
 
 
@@ -166,7 +184,7 @@ def introduction(record: dict[str, Any], settings: dict[str, Any]) -> str:
     if "objective" in record:
         text = f"Weights of {OBJECTIVES[record['objective']]}, on the training crystals of all targets."
     else:
-        model = (COMPOSITION_MODELS | MODELS)[record["model"]]
+        model = model_of(record, settings)
         text = f"{model.label} ({model.source}). Input: {model.inputs}."
     if record.get("text_encoder"):
         encoder = record["text_encoder"]

@@ -23,7 +23,7 @@ from castbench.materials.splits import PARTS, load_split
 from castbench.materials.structures import RecordError
 from castbench.models import build_composition_model
 from castbench.models.composition import CompositionNetwork, Compositions
-from castbench.provenance import sha256_file
+from castbench.provenance import alone_in, sha256_file
 from castbench.training.loop import Trainer
 from castbench.training.multitask import MultiTask
 from castbench.training.records import Result, run_result, without_prediction, write_run
@@ -165,7 +165,8 @@ def train_composition_seed(
         if lost:
             parts, result = {}, without_prediction(result, lost)
     if fabric.is_global_zero:
-        write_composition_run(folder, record, settings, result, parts, objective.columns)
+        with alone_in(folder):
+            write_composition_run(folder, record, settings, result, parts, objective.columns)
 
 
 def write_composition_run(

@@ -30,11 +30,13 @@ from castbench.training.objectives import Objective
 from castbench.training.optimizer import MAX_GRADIENT_NORM, clip_gradients, make_optimizer
 from castbench.training.recorder import Recorder
 from castbench.training.schedule import epoch_batches, rate_factor, seed_step
+from castbench.training.session import describe_session, peak_memory
 from castbench.training.share import Share
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
+KEPT = ("step", "history", "best_epoch", "seconds", "peak_memory_mb", "hardware")  # of a run, as JSON
 LINES = 10  # of progress in the log of a run
 TERMINATED = 143  # 128 + SIGTERM: the job was stopped and can be started again
 
@@ -60,7 +62,9 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int | None = None
-    seconds: float = 0.0  # with validation, over all sessions
+    seconds: float = 0.0  # with validation, over all sessions; without the turns of other runs
+    peak_memory_mb: float = 0.0  # the largest of all sessions
+    hardware: dict[str, Any] = field(default_factory=dict)  # of the last session
     failure: Failure | None = None
 
 
@@ -132,6 +136,8 @@ class Trainer:
             unit_scale=True,
             disable=None if self.fabric.is_global_zero else True,  # off where standard error is no terminal
         )
+        if self.fabric.device.type == "cuda":  # runs side by side have one peak all the same
+            torch.cuda.reset_peak_memory_stats(self.fabric.device)
         self.clock = self.saved = time.monotonic()
         with bar:
             for epoch in range(run.step // run.steps, self.epochs):
@@ -147,15 +153,29 @@ class Trainer:
                     if place + 1 < run.steps and self.due(terminated):
                         self.save()
                     if place + 1 < run.steps:
-                        yield
+                        yield from self.turn_of_others()
                 self.close_epoch(epoch, order)
                 if run.failure:
+                    self.account()
                     return
                 if self.due(terminated) or self.ended():
                     self.save()
-                yield
+                yield from self.turn_of_others()
         self.network.load_trained_state(run.best)
         self.module.eval()
+
+    def turn_of_others(self) -> Iterator[None]:
+        """Let other runs take a step, whose time is not this one's."""
+        since = time.monotonic()
+        yield
+        self.clock += time.monotonic() - since
+
+    def account(self) -> None:
+        """Add up what the run has cost so far."""
+        run, now = self.run, time.monotonic()
+        run.seconds, self.clock = run.seconds + now - self.clock, now
+        run.peak_memory_mb = max(run.peak_memory_mb, peak_memory(self.fabric))
+        run.hardware = describe_session(self.fabric)
 
     def ended(self) -> bool:
         """Whether all steps are taken, or validation has not improved for `patience` epochs."""
@@ -268,11 +288,11 @@ class Trainer:
         run = self.run
         if place := run.step % run.steps:
             self.mean_losses(place)
-        now = time.monotonic()
-        run.seconds, self.clock, self.saved = run.seconds + now - self.clock, now, now
+        self.account()
+        self.saved = self.clock
         if self.fabric.is_global_zero:
-            own = {name: getattr(run, name) for name in ("step", "history", "best_epoch", "seconds")}
-            write_checkpoint(self.folder, run.step, self.state(), own | {"key": self.key})
+            own = {name: getattr(run, name) for name in KEPT}
+            write_checkpoint(self.folder, self.key, run.step, self.state(), own, self.ended())
         if self.stopping:
             self.fabric.barrier()
             log.warning(
@@ -310,7 +330,7 @@ class Trainer:
             return
         tensors, own = found
         run = self.run
-        for name in ("step", "history", "best_epoch", "seconds"):
+        for name in KEPT:
             setattr(run, name, own[name])
         parts: dict[str, dict[str, Tensor]] = {"best": {}, "network": {}, "optimizer": {}, "losses": {}}
         for name, value in tensors.items():

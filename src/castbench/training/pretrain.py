@@ -16,6 +16,7 @@ from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_pretraining
 from castbench.models.base import Network
 from castbench.models.batch import Batch
+from castbench.provenance import alone_in
 from castbench.staging import stage_cache
 from castbench.text.states import round_states
 from castbench.training.dataset import Crystals
@@ -96,7 +97,9 @@ def pretrain_model(
         result = Result("skipped", "no target has enough crystals")
         log.warning("%s, seed %d: skipped, %s", objective, seed, result.reason)
     if fabric.is_global_zero:
-        write_run(output, record, settings | {"objective": objective, "seed": seed}, result, task.columns)
+        config = settings | {"objective": objective, "seed": seed}
+        with alone_in(output):
+            write_run(output, record, config, result, task.columns)
 
 
 def run_objective(

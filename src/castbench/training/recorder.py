@@ -47,15 +47,17 @@ class Recorder:
             gc.collect()  # graphs of runs that have ended: they hold memory
         places = tuple(value.to(self.device, copy=True) for value in inputs)
         kept = [(value, value.clone()) for value in self.state()]
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # what is made ready at a first call is not to be recorded
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        # What is made ready at a first call is not to be recorded. On the same stream, of which the products
+        # keep memory for each.
+        with torch.cuda.stream(self.stream):
             for _ in range(1 if self.graphs else 3):
                 function(*places)
             with torch.no_grad():
                 for value, before in kept:
                     value.copy_(before)
-        current.wait_stream(aside)
+        current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with uncollected(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             found = function(*places)

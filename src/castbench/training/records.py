@@ -20,7 +20,6 @@ from castbench.text import read_encoder
 from castbench.training.card import model_card
 from castbench.training.checkpoint import encode
 from castbench.training.loop import Run, Trainer
-from castbench.training.session import cost
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,20 @@ def run_record(network: Network, run: Run) -> dict[str, Any]:
     }
 
 
+def cost(run: Run, crystals: int) -> dict[str, Any]:
+    """The content of cost.json: wall time of training and validation, crystals trained on per second of it.
+
+    Peak memory (MiB) and hardware are of the first of several processes.
+    """
+    samples = run.step * crystals // run.steps
+    return {
+        "seconds": round(run.seconds, 3),
+        "samples_per_second": round(samples / run.seconds, 3) if run.seconds else None,
+        "peak_memory_mb": round(run.peak_memory_mb, 1),
+        "hardware": run.hardware,
+    }
+
+
 def encoder_record(network: Network, encoder: Path) -> dict[str, str] | None:
     """What metrics.json says about the text encoder; None for a model that reads no text."""
     if network.text is None:
@@ -83,7 +96,7 @@ def run_result(trainer: Trainer, names: Callable[[Tensor], list[str]]) -> Result
     """
     run = trainer.run
     record = run_record(trainer.network, run)
-    spent = cost(trainer.fabric, run.seconds, run.step * len(trainer.objective.rows) // run.steps)
+    spent = cost(run, len(trainer.objective.rows))
     if run.failure is None:
         return Result("finished", None, record, spent, run.history, run.best)
     ids = names(run.failure.rows)
@@ -107,7 +120,7 @@ def without_prediction(result: Result, ids: list[str]) -> Result:
 def write_run(
     folder: Path, record: dict[str, Any], settings: dict[str, Any], result: Result, scores: tuple[str, ...]
 ) -> None:
-    """Write the files of a run, metrics.json last, and remove what a killed process left half-written.
+    """Write the files of a run, metrics.json last.
 
     Args:
         folder: of the run.
@@ -116,8 +129,6 @@ def write_run(
         result: what became of it.
         scores: names of what validation adds to a row of the history.
     """
-    for left in folder.glob(".*.partial"):
-        left.unlink()
     write_json(folder / "config.json", settings)
     write_json(folder / "cost.json", result.cost)
     with (

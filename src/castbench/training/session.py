@@ -18,14 +18,20 @@ from lightning_fabric.plugins.environments import (
 )
 from lightning_fabric.strategies import DDPStrategy
 
-from castbench.cards import take_cards
+from castbench.cards import choose_device
 from castbench.errors import InputError
-from castbench.provenance import hardware, sha256_json
+from castbench.provenance import hardware, package_versions, sha256_json
 
 log = logging.getLogger(__name__)
 
-# What the weights of a run come from, under castbench/.
-CODE = ("kernels", "models", "training", "text/encoders.py")
+# What weights and predictions of a run come from: here under castbench/, and packages.
+CODE = (
+    "kernels", "models", "training", "compositions/descriptors.py", "compositions/formulas.py",
+    "compositions/targets.py", "evaluation/metrics.py", "graphs/packed.py", "graphs/crystal_graph.py",
+    "labels.py", "materials/splits.py", "materials/targets.py", "text/encoders.py", "text/packed.py",
+    "text/states.py", "text/tokens.py",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "peft", "pymatgen", "pymatgen-core", "ElementEmbeddings")
 
 ONE_DEVICE = {"devices": 1, "num_nodes": 1}  # settings of what does not train
 
@@ -40,7 +46,8 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
     number of cores that the scheduler happened to have (`threads`).
 
     Raises:
-        InputError: there are several nodes, and no scheduler that started a process on each.
+        InputError: there are several nodes, and no scheduler that started a process on each; there are not
+            as many GPUs as asked for.
     """
     wanted, devices, nodes = training["threads"], training.get("devices", 1), training.get("num_nodes", 1)
     if threads < wanted * devices:
@@ -51,12 +58,12 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
         raise InputError(
             f"training.num_nodes: {nodes}, but nothing started a process on each; use srun or torchrun"
         )
-    take_cards(training["device"], devices)
+    device = choose_device(training["device"], devices).type
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    choice: dict[str, Any] = {"accelerator": training["device"], "precision": training["precision"]}
+    choice: dict[str, Any] = {"accelerator": device, "precision": training["precision"]}
     if devices * nodes > 1:
         choice["strategy"] = DDPStrategy(broadcast_buffers=False)  # no model has one that changes
     if nodes == 1:  # in a Slurm job too, which knows of one task
@@ -70,31 +77,26 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
 
 
 def run_key(fabric: Fabric, **parts: Any) -> str:
-    """Hash of `parts` (settings, seed, checksums of data), the code of models and training, torch, device."""
+    """Hash of `parts` (settings, seed, checksums of data), `CODE`, the versions of `PACKAGES`, the device."""
     package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
     for name in CODE:
         path = package / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             code.update(file.read_bytes())
-    platform = {"torch": torch.__version__, "device": fabric.device.type, "code": code.hexdigest()}
+    versions = {name: found for name, found in package_versions().items() if name in PACKAGES}
+    platform = {"versions": versions, "device": fabric.device.type, "code": code.hexdigest()}
     return sha256_json({**platform, **parts})
 
 
-def cost(fabric: Fabric, seconds: float, samples: int) -> dict[str, Any]:
-    """The content of cost.json: wall time of training and validation, crystals trained on per second of it.
-
-    Peak memory (MiB) is the GPU's where one is used, else the process's so far, caches mapped in included; of
-    several processes that of the first.
-    """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_memory(fabric: Fabric) -> float:
+    """Largest memory so far (MiB): the GPU's since a run began, or the process's, with mapped caches."""
     if fabric.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(fabric.device) / 2**20
-    return {
-        "seconds": round(seconds, 3),
-        "samples_per_second": round(samples / seconds, 3) if seconds else None,
-        "peak_memory_mb": round(peak, 1),
-        "hardware": hardware()
-        | {"threads": torch.get_num_threads(), "device": str(fabric.device)}
-        | {"processes": fabric.world_size},
-    }
+        return torch.cuda.max_memory_allocated(fabric.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def describe_session(fabric: Fabric) -> dict[str, Any]:
+    """What it runs on."""
+    used = {"threads": torch.get_num_threads(), "device": str(fabric.device), "processes": fabric.world_size}
+    return hardware() | used

@@ -24,7 +24,7 @@ from castbench.materials.splits import PARTS, load_split
 from castbench.materials.targets import target_values
 from castbench.models import build_model, load_pretrained
 from castbench.models.base import Network
-from castbench.provenance import sha256_file
+from castbench.provenance import alone_in, sha256_file
 from castbench.staging import stage_cache
 from castbench.training.dataset import Crystals
 from castbench.training.loop import Trainer, terminable
@@ -125,9 +125,10 @@ def train_model(
             result = yield from train_seed(network, data, own, settings, fabric, checkpoints, terminated)
         if fabric.is_global_zero:
             folder = output / str(seed)
-            write_predictions(folder, result)
             config = settings | {"model": model, "target": target, "seed": seed}
-            write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
+            with alone_in(folder):
+                write_predictions(folder, result)
+                write_run(folder, own, config, result, OBJECTIVES[TARGETS[target].task].columns)
 
     with terminable() as terminated:
         take_turns([run_of(seed) for seed in seeds], len(seeds) if together else 1, fabric.device)

@@ -3,6 +3,9 @@
 import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -73,14 +76,14 @@ def test_regression_scores_are_matbenchs():
     assert score(np.zeros(2), np.ones(2), "regression")["mape"] == 0.0
 
 
-def test_classification_scores_are_of_classes_cut_at_a_half_and_the_area_of_probabilities():
+def test_classification_scores_are_all_of_classes_cut_at_a_half():
     truth, probability = np.array([0.0, 1.0, 1.0, 0.0, 1.0]), np.array([0.2, 0.5, 0.9, 0.6, 0.7])
     found = score(truth, probability, "classification")
     called = [0, 0, 1, 1, 1]
     assert found["accuracy"] == metrics.accuracy_score(truth, called) == 0.6
     assert found["balanced_accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert found["f1"] == pytest.approx(2 / 3)
-    assert found["rocauc"] == pytest.approx(5 / 6)
+    assert found["rocauc"] == pytest.approx(found["balanced_accuracy"])  # as matbench 0.6 has it
 
 
 def test_results_are_in_the_form_that_the_package_verifies(tmp_path):
@@ -134,6 +137,29 @@ def test_the_table_has_mean_and_deviation_over_the_folds_beside_the_published(tm
     assert (round(published["mean"], 4), round(published["std"], 4)) == (37.1652, 13.6825)
     assert round(table.loc[METAL, "coNGN"]["mean"], 4) == 0.9089
     assert table.loc[METAL, "coGN"]["metric"] == "rocauc"
+
+
+def test_the_area_of_probabilities_stands_beside_the_packages(tmp_path):
+    truth = write_runs(tmp_path)[METAL]
+    aggregate_matbench(SETTINGS, tmp_path)
+    folds = pd.read_csv(tmp_path / "tables" / "matbench_folds.csv")
+    own = folds[(folds["task"] == METAL) & (folds["seed"] == 1)].set_index("fold")["rocauc_probabilities"]
+    for k, fold in read_results(tmp_path, 1)["tasks"][METAL]["results"].items():
+        said = pd.Series(fold["data"])
+        assert own[int(k[-1])] == pytest.approx(metrics.roc_auc_score(truth[said.index], said))
+    assert folds.loc[folds["task"] == JDFT, "rocauc_probabilities"].isna().all()
+
+
+def test_another_structure_encoder_has_its_own_name(tmp_path):
+    write_runs(tmp_path)
+    settings = json.dumps(SETTINGS | {"structure_encoder": "alignn"})
+    command = ["aggregate_matbench", "--settings", settings, "--results", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-m", "castbench", *command], env=environment, check=True)
+    table = pd.read_csv(tmp_path / "tables" / "matbench.csv")
+    assert set(table.loc[table["model"] == "structure_only", "label"]) == {"ALIGNN"}
+    said = read_results(tmp_path)["user_metadata"]
+    assert (said["algorithm"], said["reference"]) == ("ALIGNN (castbench)", "Choudhary and DeCost 2021")
 
 
 def test_a_crystal_without_a_prediction_gets_the_training_mean_and_is_counted(tmp_path, caplog):

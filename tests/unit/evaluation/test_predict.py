@@ -15,11 +15,11 @@ from pymatgen.core import Lattice, Structure
 from castbench.cli import main
 from castbench.errors import InputError
 from castbench.evaluation.new_crystals import make_caches
-from castbench.evaluation.predict import predict
+from castbench.evaluation.predict import finished_runs, predict
 from castbench.materials.readers import read_records
 from castbench.materials.records import Columns, to_table
 from castbench.materials.splits import write_split
-from castbench.provenance import write_json
+from castbench.provenance import package_versions, write_json
 from castbench.text.encoders import prefetch_encoder
 from castbench.text.states import embed_text
 from castbench.training.compositions import train_compositions
@@ -256,6 +256,35 @@ def test_what_predicts_no_crystals_is_said_in_one_line(study, tmp_path, capsys, 
     folder = study / run if run.startswith("runs") else tmp_path / run
     assert main(["predict", str(folder), str(study / "materials.parquet")]) == 2
     assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_seeds_of_other_settings_are_not_averaged_with_the_others(study, tmp_path, capsys):
+    runs, crystals = tmp_path / "structure_only", str(study / "materials.parquet")
+    shutil.copytree(run_of(study, "structure_only"), runs)
+    (runs / "0.old").mkdir()
+    config = json.loads((runs / "2" / "config.json").read_text())
+    config["training"]["epochs"] = 1
+    write_json(runs / "2" / "config.json", config)
+    assert main(["predict", str(runs), crystals]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{runs / '2'}: has other settings or data than {runs / '0'}; remove" in error
+
+
+def test_a_run_that_is_not_beside_its_graphs_is_refused(study, tmp_path, capsys):
+    runs = tmp_path / "structure_only"
+    shutil.copytree(run_of(study, "structure_only"), runs)
+    for run in (runs, runs / "0"):
+        assert main(["predict", str(run), str(study / "materials.parquet")]) == 2
+        assert "is not where it was trained, results/DATASET" in capsys.readouterr().err
+
+
+def test_other_packages_than_in_training_are_named(study, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "castbench.evaluation.predict.package_versions", lambda: package_versions() | {"pymatgen-core": "0"}
+    )
+    finished_runs(run_of(study, "structure_only"))
+    here = package_versions()["pymatgen-core"]
+    assert f"trained with pymatgen-core {here}, here 0; predictions may differ" in caplog.text
 
 
 def test_nothing_to_predict_is_an_error(study, tmp_path, capsys):

@@ -63,6 +63,17 @@ def test_an_atom_is_joined_with_whoever_has_it_among_his_nearest():
     assert (degree[1] >= degree[0]).all() and degree[1].sum() > degree[0].sum()
 
 
+@pytest.mark.parametrize("lattice", [Lattice.hexagonal(4, 6.5), Lattice.orthorhombic(4, 5.1, 6.2)])
+def test_a_bond_of_exactly_megnets_radius_is_one_however_the_crystal_lies(lattice):
+    structure = Structure(lattice, ["Zn", "O"], [[1 / 3, 2 / 3, 0], [1 / 3, 2 / 3, 0.37]])
+    rotations = [np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0] for seed in range(6)]
+    forms = [Structure(lattice.matrix @ q, structure.species, structure.frac_coords) for q in rotations]
+    for form in (structure, structure.get_reduced_structure("niggli"), *forms):
+        graph = build("megnet", form)
+        bonds = (graph.multiplicities[graph.edge_target] * graph.edge_multiplicities).sum()
+        assert bonds == sum(map(len, structure.get_all_neighbors(MEGNET_RADIUS + 1e-8)))
+
+
 def test_megnet_joins_all_within_its_radius_and_leaves_no_atom_alone(prototypes):
     for name in ("rocksalt", "perovskite", "quartz"):
         graph = build("megnet", prototypes[name])

@@ -1,12 +1,32 @@
 """The way of bf16-mixed, on the CPU: every model under autocast, from states in bfloat16."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from castbench.models import REGISTRY, build_model
-from model_batches import join, only
+from castbench.models.structure import ENCODERS, StructureOnly
+from crystals import prototypes
+from model_batches import SMALL_ENCODERS, graph_batch, join, only
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_structure_encoder_trains(name):
+    """Batch normalisation too, whose statistics stay float32."""
+    torch.manual_seed(0)
+    network = StructureOnly({name: SMALL_ENCODERS[name]}).train()
+    batch = join([graph_batch(name, structure) for structure in prototypes().values()])
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    double = [name for name, x in values.items() if torch.is_tensor(x) and x.dtype == torch.float64]
+    batch = replace(batch, **{name: values[name].float() for name in double})
+    exact = network(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(batch)
+    rounded.sum().backward()
+    assert (rounded - exact).norm() < 0.05 * (1 + exact.norm())
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize("model", REGISTRY)

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from castbench.models.streams import beside
 from castbench.training.recorder import Recorder
@@ -43,6 +44,16 @@ def test_what_runs_beside_gives_the_same_bits(problem):
         found.append([loss, *torch.autograd.grad(loss, list(layers.parameters()))])
         torch.empty_like(tokens).fill_(torch.nan)
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.parametrize(("version", "streams"), [("2.11.0+cu130", 0), ("2.13.0", 2)])
+def test_before_torch_2_13_runs_side_by_side_share_a_stream(monkeypatch, version, streams):
+    """Recorded steps read their dropout's seed from one place there."""
+    made = []
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(1))
+    take_turns([iter([None]), iter([None])], 2, torch.device("cuda"))
+    assert len(made) == streams
 
 
 def test_of_runs_side_by_side_each_keeps_to_its_own_stream():

@@ -237,6 +237,7 @@ def test_deviations_are_complete(root):
     assert len({entry["id"] for entry in entries}) == len(entries)
     for entry in entries:
         assert set(entry) - {"study"} == {"id", "paper", "here", "why", "switch"}
+        assert set(entry.pop("study", ["cast"])) <= {"cast", "compositions", "matbench"}
         assert all(isinstance(value, str) and value.strip() for value in entry.values())
 
 

@@ -15,25 +15,25 @@ def tensors(step):
 @pytest.fixture
 def folder(tmp_path):
     for step in (5, 20, 100):
-        write_checkpoint(tmp_path, step, tensors(step), {"key": "k", "step": step, "history": [{"x": 0.1}]})
+        write_checkpoint(tmp_path, "k", step, tensors(step), {"step": step, "history": [{"x": 0.1}]})
     return tmp_path
 
 
 def steps(folder):
-    return sorted(int(path.name.split("-")[0]) for path in folder.iterdir())
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("*.safetensors"))
 
 
 def test_the_last_two_are_kept_and_the_newest_is_read(folder):
     assert steps(folder) == [20, 100]
     read, metadata = read_checkpoint(folder, "k")
-    assert metadata == {"key": "k", "step": 100, "history": [{"x": 0.1}]}
+    assert metadata == {"step": 100, "history": [{"x": 0.1}]}
     assert all(torch.equal(read[name], value) for name, value in tensors(100).items())
     assert read["c"].dtype == torch.float64 and read["b"].shape == ()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_newest_one_falls_back_with_a_warning(folder, caplog, damage):
-    newest = max(folder.iterdir())
+    newest = max(folder.glob("*.safetensors"))
     content = bytearray(newest.read_bytes())
     content[-3] ^= 1
     newest.write_bytes({"truncated": content[:-10], "flipped": content, "empty": b""}[damage])
@@ -49,19 +49,35 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_ones(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(InputError, match=r"000000101-.*cannot be written \(file too large\); make space"):
-            write_checkpoint(folder, 101, tensors(101), {"key": "k"})
+            write_checkpoint(folder, "k", 101, tensors(101), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert read_checkpoint(folder, "k")[1]["step"] == 100
 
 
-def test_other_settings_start_anew_with_a_log_line(folder, caplog):
-    with caplog.at_level(logging.INFO):
-        assert read_checkpoint(folder, "other") is None
-    assert "of other settings, data or code" in caplog.text
-    write_checkpoint(folder, 1, tensors(1), {"key": "other"})
-    assert steps(folder) == [1]  # an old one with a higher step does not push it out
+def test_one_that_cannot_be_read_falls_back_and_stays(folder, caplog):
+    newest = max(folder.glob("*.safetensors"))
+    newest.unlink()
+    newest.symlink_to("/proc/self/mem")  # reading it is an error of input and output
+    assert read_checkpoint(folder, "k")[1]["step"] == 20
+    assert "cannot be read" in caplog.text and newest.is_symlink()
+
+
+def test_other_settings_start_anew_with_a_warning_and_those_before_can_be_gone_back_to(folder, caplog):
+    assert read_checkpoint(folder, "other") is None
+    assert "2 checkpoints are of other settings, data or code" in caplog.text
+    write_checkpoint(folder, "other", 1, tensors(1), {})
+    write_checkpoint(folder, "other", 2, tensors(2), {})
+    assert steps(folder) == [1, 2, 20, 100]  # of neither does the other count
+    assert read_checkpoint(folder, "k")[1]["step"] == 100
+
+
+def test_a_run_that_has_ended_leaves_its_own_alone(folder):
+    write_checkpoint(folder, "other", 1, tensors(1), {})
+    write_checkpoint(folder, "k", 200, tensors(200), {"step": 200}, last=True)
+    assert steps(folder) == [100, 200]
+    assert read_checkpoint(folder, "other") is None
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):
@@ -69,8 +85,11 @@ def test_no_folder_is_no_checkpoint(tmp_path):
 
 
 def test_a_file_that_was_being_written_is_not_read(folder):
-    (folder / ".000000200-0.safetensors.1.partial").write_bytes(b"half")
+    half = folder / ".k-000000200-0.safetensors.1.partial"
+    half.write_bytes(b"half")
     assert read_checkpoint(folder, "k")[1]["step"] == 100
+    write_checkpoint(folder, "k", 101, tensors(101), {})
+    assert not half.exists()
 
 
 def test_equal_content_gives_equal_bytes_and_metadata_come_back(tmp_path):

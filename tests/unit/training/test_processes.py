@@ -98,7 +98,8 @@ def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_unbroken_run(
     command = data.train("cast_scratch", tmp_path / "b", **TWO)
     assert run_together([data.train("cast_scratch", tmp_path / "a", **TWO)] * 2) == [0, 0]
     assert run_together([command] * 2, stop=3, number=signal.SIGTERM) == [143, 143]
-    assert [path.name[:9] for path in (tmp_path / "b" / "checkpoints" / "0").iterdir()] == ["000000003"]
+    checkpoints = (tmp_path / "b" / "checkpoints" / "0").glob("*.safetensors")
+    assert [path.name.split("-")[1] for path in checkpoints] == ["000000003"]
     first, second = run_together([command] * 2, interval=0, stop=4)
     assert first != 0 and second == -signal.SIGKILL
     assert run_together([command] * 2) == [0, 0]
@@ -137,6 +138,13 @@ def test_processes_of_two_nodes_that_srun_started_train_together(data, tmp_path)
 def test_several_nodes_without_a_scheduler_are_refused():
     with pytest.raises(InputError, match=r"num_nodes: 2, but nothing started a process on each; use srun"):
         open_session({"threads": 1, "num_nodes": 2}, 1)
+
+
+def test_a_macs_gpu_is_not_taken(monkeypatch):
+    monkeypatch.setattr("lightning_fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    training = {"threads": 1, "device": "auto", "precision": "32-true"}
+    assert open_session(training, 1).device.type == "cpu"
 
 
 def test_parts_make_up_the_batch_and_a_small_one_is_refused():

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from castbench.graphs.kinds import KINDS, structure_graph
 from castbench.graphs.packed import PackedWriter
+from castbench.labels import STRUCTURE_ENCODERS
 from castbench.provenance import sha256_file
 from crystals import varied_crystals
 from training_jobs import bytes_of, run_job, run_together
@@ -72,6 +73,11 @@ def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(data_with, tmp_path
     assert bytes_of(runs[0]) == bytes_of(runs[1])
     record = json.loads((runs[0] / "metrics.json").read_text())
     assert record["status"] == "finished" and record["test"]["mae"] > 0
+    if model == "structure_only":
+        label, source = STRUCTURE_ENCODERS[encoder]
+        card = (runs[0] / "README.md").read_text()
+        assert f"\n# {label}, " in card and f"{label} ({source}). Input: graph." in card
+        assert "coGN" not in card.partition("## Departures")[0]
     weights = load_file(runs[0] / "model.safetensors")
     running = [name for name in weights if name.endswith("running_var")]
     assert bool(running) == (encoder in ("alignn", "cgcnn"))

@@ -2,6 +2,7 @@ import itertools
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from castbench.provenance import write_json
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import Regression
 from castbench.training.train import train_model
-from training_jobs import bytes_of, killed_and_unbroken, run_job
+from training_jobs import bytes_of, killed_and_unbroken, run_beside, run_job
 
 STEPS = 16  # of a run: 4 epochs of 27 crystals, 8 a batch
 
@@ -66,8 +67,8 @@ def test_sigterm_writes_a_checkpoint_and_asks_for_another_start(data, tmp_path):
     stopped = data.train("cast_scratch", tmp_path / "b" / "cast_scratch")
     assert run_job(data.train("cast_scratch", tmp_path / "a" / "cast_scratch")) == 0
     assert run_job(stopped, stop=6, number=signal.SIGTERM) == 143
-    (checkpoint,) = (tmp_path / "b" / "cast_scratch" / "checkpoints" / "0").iterdir()
-    assert checkpoint.name.startswith("000000006-")
+    (checkpoint,) = (tmp_path / "b" / "cast_scratch" / "checkpoints" / "0").glob("*.safetensors")
+    assert checkpoint.name.split("-")[1] == "000000006"
     assert run_job(stopped, stop=STEPS - 6 + 1) == 0  # takes the other ten steps, else it would be killed
     assert bytes_of(tmp_path / "b" / "cast_scratch" / "0") == bytes_of(tmp_path / "a" / "cast_scratch" / "0")
 
@@ -119,7 +120,7 @@ def test_a_damaged_checkpoint_falls_back_and_the_run_ends_the_same(data, tmp_pat
     output = tmp_path / "b" / "structure_only"
     assert run_job(data.train("structure_only", tmp_path / "a" / "structure_only")) == 0
     assert run_job(data.train("structure_only", output), interval=0, stop=9) == -signal.SIGKILL
-    newest = max((output / "checkpoints" / "0").glob("0*"))
+    newest = max((output / "checkpoints" / "0").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert run_job([*data.train("structure_only", output), "--log", str(tmp_path / "log")]) == 0
     assert "damaged" in (tmp_path / "log").read_text()
@@ -136,6 +137,55 @@ def test_changed_settings_start_anew(data, tmp_path):
     again = data.train("structure_only", tmp_path / "a" / "structure_only", weight_decay=0.5)
     assert run_job(again) == 0
     assert bytes_of(output / "0") == bytes_of(tmp_path / "a" / "structure_only" / "0")
+
+
+def test_settings_that_are_changed_back_continue_where_they_were(data, tmp_path):
+    output = tmp_path / "structure_only"
+    job, changed = (data.train("structure_only", output, weight_decay=decay) for decay in (0.0, 0.5))
+    assert run_job(job, interval=0, stop=9) == -signal.SIGKILL
+    assert run_job(changed, interval=0, stop=3) == -signal.SIGKILL
+    assert run_job([*job, "--log", str(tmp_path / "log")], stop=STEPS - 8 + 1) == 0
+    assert "continuing after step 8 of 16" in (tmp_path / "log").read_text()
+    (folder,) = (output / "checkpoints").iterdir()
+    assert len({path.name.split("-")[0] for path in folder.glob("*.safetensors")}) == 1
+
+
+def test_two_jobs_on_one_run_do_not_disturb_each_other(data, tmp_path):
+    job = data.train("structure_only", tmp_path / "b" / "structure_only")
+    assert run_beside([job, job], interval=0) == [0, 0]
+    assert run_job(data.train("structure_only", tmp_path / "a" / "structure_only")) == 0
+    assert bytes_of(tmp_path / "b" / "structure_only" / "0") == bytes_of(
+        tmp_path / "a" / "structure_only" / "0"
+    )
+
+
+def test_costs_are_of_the_run_alone(data, tmp_path, monkeypatch):
+    """Not of the seeds beside it, nor of a job that writes a finished run once more; of a failed run too."""
+    from castbench.training import loop
+
+    advance = loop.Trainer.advance
+
+    def slow(self, rows):
+        time.sleep(0.02)
+        loss = advance(self, rows)
+        return loss * float("nan") if self.seed == 1 and self.run.step == 6 else loss
+
+    def costs():
+        return [json.loads((tmp_path / seed / "cost.json").read_text()) for seed in "012"]
+
+    monkeypatch.setattr(loop.Trainer, "advance", slow)
+    settings = data.settings("structure_only", seeds_together=True)
+    given = arguments(data, "structure_only", tmp_path, seeds=[0, 1, 2], settings=settings)
+    since = time.monotonic()
+    train_model(**given)
+    whole, found = time.monotonic() - since, costs()
+    assert sum(cost["seconds"] for cost in found) < whole
+    assert all(cost["seconds"] > 0.02 * 8 and cost["samples_per_second"] < 27 / 0.08 for cost in found)
+    monkeypatch.setattr(loop, "peak_memory", lambda fabric: 1.0)
+    monkeypatch.setattr(loop, "describe_session", lambda fabric: {"cpu": "another"})
+    train_model(**given)
+    again = costs()
+    assert [again[0], again[2]] == [found[0], found[2]]
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path):
