@@ -7,6 +7,8 @@ from castbench.errors import InputError
 from castbench.labels import FOLDS, MATBENCH, fold_name
 from castbench.text import ENCODERS, FILES, slug
 
+SCHEMA = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "config.schema.yaml"
+
 Config = dict[str, Any]
 
 # structure encoder, which is also its architecture section: nearest neighbours of a node in its graph as
@@ -60,6 +62,7 @@ def check(config: Config) -> None:
     Raises:
         InputError: keys that contradict one another.
     """
+    check_integers(config)
     check_matbench(config)
     target, targets = config["attention"]["target"], config["targets"]
     if target not in targets and config["study"] != "matbench":
@@ -112,6 +115,23 @@ def check(config: Config) -> None:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
     if config["study"] == "compositions":
         check_compositions(config)
+
+
+def check_integers(config: Config) -> None:
+    """Refuse a float for an integer, which 2.0 is to JSON Schema and not to Python.
+
+    Raises:
+        InputError: there is one.
+    """
+    import yaml  # where Snakemake is, these are too
+    from jsonschema import Draft202012Validator, validators
+
+    kinds = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    strict = validators.extend(Draft202012Validator, type_checker=kinds)
+    for error in strict(yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))).iter_errors(config):
+        if isinstance(error.instance, float):
+            key = error.json_path.removeprefix("$.")
+            raise InputError(f"{key}: {error.instance} is no integer; write it without a point")
 
 
 def check_matbench(config: Config) -> None:
@@ -167,6 +187,9 @@ def check_compositions(config: Config) -> None:
         raise InputError(
             "compositions: the screening needs band_gap (regression) and stability (classification)"
         )
+    window = section["screening"]["goldschmidt"]
+    if window and window[0] > window[1]:
+        raise InputError(f"compositions.screening.goldschmidt: {window} is empty; give the lowest first")
     for name in ("edm_transformer", "crabnet"):
         sizes = section[name]
         if sizes["width"] % sizes["heads"]:

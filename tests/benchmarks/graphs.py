@@ -135,7 +135,8 @@ import json, resource, sys, time
 from pathlib import Path
 from castbench.graphs.build import build_graphs
 from castbench.graphs.packed import PackedGraphs
-settings, folder = {"neighbours": 24, "symprec": 1e-4}, Path(sys.argv[2])
+settings = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4}
+folder = Path(sys.argv[2])
 start = time.process_time()
 build_graphs(settings, Path(sys.argv[1]), folder, 1)
 seconds = time.process_time() - start

@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from lightning_fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -491,21 +492,24 @@ def main() -> None:
                 show(on, found, limits)
                 print(f"ratio {plain / ours:.2f}; {merged / ours:.2f} to the plain loop on our merged edges")
                 last = f"ratio {plain / ours:.2f} (coGN training steps a second, against torch-geometric)"
+                print(last)
             if "cast" in arguments.only:
                 precisions = ("32-true", "bf16-mixed") if device.type == "cuda" else ("32-true",)
                 for folder, precision in itertools.product((mp36k, elastic4), precisions):
                     found = compare_cast(folder, encoder, device, rounds, threads, precision)
                     show(on, found, limits)
                     alone, cast = found.values()
-                    print(
+                    last = (
                         f"ratio {alone / cast:.2f} (CAST with frozen text, steps a second, against coGN "
                         f"alone, {folder.name}, {precision})"
                     )
+                    print(last)
             if "lora" in arguments.only:
                 found = compare_lora(elastic4, encoder, device, max(rounds // 3, 1), threads, arguments.texts)
                 show(on, found, limits)
                 ours, padded = found.values()
-                print(f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)")
+                last = f"ratio {padded / ours:.2f} (LoRA steps a second, against padded peft)"
+                print(last)
                 if device.type == "cuda":
                     write_long(long, elastic4, encoder, vocabulary)
                     found = compare_lora(
@@ -520,8 +524,8 @@ def main() -> None:
                 found = compare_seeds(elastic4, device, 2 * rounds, threads)
                 show(on, found, limits)
                 one_by_one, together = found.values()
-                print(f"ratio {one_by_one / together:.2f} (steps a second, side by side against in a row)")
-        print(last)
+                last = f"ratio {one_by_one / together:.2f} (steps a second, side by side against in a row)"
+                print(last)
 
 
 def show(on: str, found: dict[str, float], limits: tuple[float, float]) -> None:

@@ -125,6 +125,13 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
         ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
         ({"structure_encoder": "megnet", "graphs": {"neighbours": 12}}, "graphs.neighbours"),
+        ({"training": {"epochs": 2.0}}, "training.epochs: 2.0 is no integer"),
+        ({"training": {"seeds": [0, 1.0]}}, "training.seeds[1]: 1.0 is no integer"),
+        ({"materials": {"sample": 48.0}}, "materials.sample: 48.0 is no integer"),
+        (
+            {"study": "compositions", "compositions": {"screening": {"goldschmidt": [1.06, 0.8]}}},
+            "compositions.screening.goldschmidt",
+        ),
         ({"materials": {"snapshot": "a.jsonl.zst"}}, "materials.snapshot"),
         ({"materials": {"source": "local", "database_version": "2025.09.25"}}, "materials.database_version"),
         ({"materials": {"source": "materials_project", "columns": {"text": "t"}}}, "materials.columns"),

@@ -11,7 +11,7 @@ import heapq
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,8 @@ class Sizes:
 def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals: int | None) -> Sizes:
     """Numbers and sizes of the plan's crystals: for the Materials Project the paper's, else the run's.
 
-    The paper's are those of Table 2; the mean length of its texts after the cut is that of a log-normal
-    distribution.
+    The paper's are those of Table 2, for what it lacks those of the total energy; the mean length of its
+    texts after the cut is that of a log-normal distribution.
 
     Raises:
         InputError: a target of the plan was not measured, so that its number of crystals is not known.
@@ -154,18 +154,19 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
     if crystals is None and config["materials"]["source"] == "materials_project":
         table = pd.read_csv(RESOURCES / "paper" / "table2.csv")
         rows = table[table["split"] == "train"].set_index("target")
-        if set(targets) <= set(rows.index):
-            of = {}
-            for target, row in rows.loc[targets].iterrows():
-                cut = mean_of_cut(row["tokens_mean"], row["tokens_std"], max_tokens)
-                of[str(target)] = CrystalSize(
-                    row["nodes_mean"], edges * row["nodes_mean"], row["tokens_mean"], cut
-                )
-            totals = table.groupby("target")["n"].sum()[targets]
-            total = int(totals.max())
-            share = min(1.0, (config["materials"]["sample"] or total) / total)
-            train = {target: round(share * int(rows.loc[target, "n"])) for target in targets}
-            return Sizes(round(share * total), train, of[str(totals.idxmax())], of)
+        # Its other targets are known of all crystals, as the total energy is.
+        known_as = {target: target if target in rows.index else "total_energy" for target in targets}
+        of = {}
+        for target, name in known_as.items():
+            row = rows.loc[name]
+            cut = mean_of_cut(row["tokens_mean"], row["tokens_std"], max_tokens)
+            of[target] = CrystalSize(row["nodes_mean"], edges * row["nodes_mean"], row["tokens_mean"], cut)
+        counts = table.groupby("target")["n"].sum()
+        most = max(targets, key=lambda target: counts[known_as[target]])
+        total = int(counts[known_as[most]])
+        share = min(1.0, (config["materials"]["sample"] or total) / total)
+        train = {target: round(share * int(rows.loc[name, "n"])) for target, name in known_as.items()}
+        return Sizes(round(share * total), train, of[most], of)
     lacking = sorted(set(targets) - set(rates.n))
     if lacking:
         raise InputError(
@@ -290,11 +291,16 @@ def schedule(jobs: list[Job], devices: int, cores: int) -> tuple[float, dict[str
     """Wall time (s) of a list schedule, pretraining first, then the longest; and its critical path by stage.
 
     The critical path goes back from the last job, each time to the job that it waited for: an input, or the
-    one whose end freed its card or its cores.
+    one whose end freed its card or its cores. A job that wants more cores than there are takes these, for
+    longer.
     """
+    jobs = [
+        replace(job, cores=cores, seconds=job.seconds * job.cores / cores) if job.cores > cores else job
+        for job in jobs
+    ]
     open_jobs = {job.group: sum(other.group == job.group for other in jobs) for job in jobs}
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].stage != "pretrain_model", -jobs[i].seconds))
-    free = {True: devices, False: max(cores, max(job.cores for job in jobs))}
+    free = {True: devices, False: cores}
     running: list[tuple[float, int]] = []
     cause: dict[int, int | None] = {}
     now = 0.0

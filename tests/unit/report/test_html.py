@@ -230,6 +230,23 @@ def test_badge(root, settings):
         assert kind_of_run(paper | other)["badge"] == "own data"
 
 
+def test_a_structure_encoder_whose_graph_has_no_number_of_neighbours(results, config, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    manifest = json.loads((folder / "graphs" / "manifest.json").read_text())
+    assert "24 neighbours" in render(config, folder, tmp_path)
+    settings = {"structure_encoder": "megnet", "symprec": 1e-4}
+    write_json(folder / "graphs" / "manifest.json", manifest | {"settings": settings})
+    page = render(config | {"structure_encoder": "megnet"}, folder, tmp_path)
+    assert "could not be built</small>" in page and "24 neighbours" not in page
+
+
+def render(config, folder, scratch):
+    """The report as text."""
+    render_report(config, folder, scratch / "report.html")
+    return (scratch / "report.html").read_text()
+
+
 def test_deviations_are_complete(root):
     import yaml
 

@@ -71,7 +71,10 @@ def test_cards_are_shared_and_inputs_are_waited_for():
 def test_a_job_that_needs_cores_waits_for_them():
     jobs = [Job("describe_shard", "texts", 10.0, cores=1) for _ in range(4)]
     assert schedule(jobs, 1, 2)[0] == 20.0
-    assert schedule([Job("build_graphs", "graphs", 7.0, cores=8)], 1, 2)[0] == 7.0  # never waits for ever
+    # It takes those that there are, for longer.
+    assert schedule([Job("build_graphs", "graphs", 7.0, cores=8)], 1, 2)[0] == 28.0
+    jobs += [Job("build_graphs", "graphs", 0.5, cores=8)]
+    assert schedule(jobs, 1, 1)[0] == 44.0
 
 
 def test_work_grows_with_crystals_epochs_and_seeds_and_not_the_start(config: dict, results: Path):
@@ -126,6 +129,8 @@ def test_the_papers_data_have_the_papers_numbers_and_sizes(config: dict, tmp_pat
     assert sizes.all.nodes == 17.28
     assert sizes.all.edges == pytest.approx(17.28 * 4)
     assert sizes.of["log_bulk_modulus"].tokens_full == 250.83
+    other = planned_sizes(config | {"targets": ["formation_energy", "band_gap"]}, rates(), tmp_path, None)
+    assert (other.crystals, other.train) == (114398, {"formation_energy": 91520, "band_gap": 52371})
     assert 150 < sizes.of["log_bulk_modulus"].tokens < sizes.all.tokens < 512
     # A state of 512 float16 a token, for MatSciBERT twice as much: the larger part of the disk.
     disk = planned_disk(config, rates(), sizes, EncoderShape(12, 768, 3072))
