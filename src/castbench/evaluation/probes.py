@@ -27,7 +27,7 @@ from castbench.labels import TARGETS
 from castbench.materials.splits import load_split
 from castbench.materials.targets import target_values
 from castbench.models.base import Network
-from castbench.models.batch import GROUP, Batch
+from castbench.models.batch import GROUP, Batch, with_text
 from castbench.models.cross_attention import Cast, MaskedNodePretraining
 from castbench.provenance import atomic_path
 from castbench.text.parts import PARTS
@@ -35,7 +35,6 @@ from castbench.text.reading import LABELS, SPECIAL, Reader, Reading
 from castbench.text.tokens import PackedTokens
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import random_mask
-from castbench.training.pretrain import with_text
 
 log = logging.getLogger(__name__)
 

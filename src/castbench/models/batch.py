@@ -223,3 +223,9 @@ def gathered(own: Tensor, place: tuple[int, int]) -> Tensor:
     first, whole = place
     before, after = own.new_zeros(first, own.shape[1]), own.new_zeros(whole - first - len(own), own.shape[1])
     return all_reduce(torch.cat([before, own, after]))
+
+
+def with_text(batch: Batch, other: Batch) -> Batch:
+    """The crystals of a batch with the texts of another."""
+    parts = ("token_ids", "token_states", "token_offsets", "texts")
+    return replace(batch, **{name: getattr(other, name) for name in parts})

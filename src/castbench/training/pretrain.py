@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_pretraining
 from castbench.models.base import Network
-from castbench.models.batch import Batch
+from castbench.models.batch import Batch, with_text
 from castbench.provenance import alone_in
 from castbench.staging import stage_cache
 from castbench.text.states import round_states
@@ -167,9 +166,3 @@ def without_text(task: Pretraining, network: Network, encoder: Path) -> Alter:
         return with_text(batch, alone)
 
     return alter
-
-
-def with_text(batch: Batch, other: Batch) -> Batch:
-    """The crystals of a batch with the texts of another."""
-    parts = ("token_ids", "token_states", "token_offsets", "texts")
-    return replace(batch, **{name: getattr(other, name) for name in parts})
