@@ -9,27 +9,32 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from workflow.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def snakemake() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run Snakemake in a folder with the interpreter of the tests first on the path."""
+def snakemake(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run Snakemake in a folder, its jobs with the packages of the tests' interpreter."""
+    with warm_python(tmp_path_factory.mktemp("python")) as programs:
+        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        command = [sys.executable, "-m", "snakemake", *arguments]
-        return subprocess.run(
-            command, cwd=folder, env={**os.environ, "PATH": path}, text=True, timeout=1500,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "snakemake", *arguments]
+            return subprocess.run(
+                command, cwd=folder, env={**os.environ, "PATH": path}, text=True, timeout=1500,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
-    return run
+        yield run
 
 
 @pytest.fixture(scope="session")

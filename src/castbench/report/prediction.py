@@ -153,19 +153,19 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
     edges = denser * rates.size.edges / rates.size.nodes
     if crystals is None and config["materials"]["source"] == "materials_project":
         table = pd.read_csv(RESOURCES / "paper" / "table2.csv")
-        rows = table[table["split"] == "train"].set_index("target")
+        rows = table[table["split"] == "train"].set_index("target").to_dict("index")
         # Its other targets are known of all crystals, as the total energy is.
-        known_as = {target: target if target in rows.index else "total_energy" for target in targets}
+        known_as = {target: target if target in rows else "total_energy" for target in targets}
         of = {}
         for target, name in known_as.items():
-            row = rows.loc[name]
+            row = rows[name]
             cut = mean_of_cut(row["tokens_mean"], row["tokens_std"], max_tokens)
             of[target] = CrystalSize(row["nodes_mean"], edges * row["nodes_mean"], row["tokens_mean"], cut)
-        counts = table.groupby("target")["n"].sum()
+        counts = table.groupby("target")["n"].sum().to_dict()
         most = max(targets, key=lambda target: counts[known_as[target]])
-        total = int(counts[known_as[most]])
+        total = counts[known_as[most]]
         share = min(1.0, (config["materials"]["sample"] or total) / total)
-        train = {target: round(share * int(rows.loc[name, "n"])) for target, name in known_as.items()}
+        train = {target: round(share * rows[name]["n"]) for target, name in known_as.items()}
         return Sizes(round(share * total), train, of[most], of)
     lacking = sorted(set(targets) - set(rates.n))
     if lacking:
