@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 
-NEVER_HERE = "prefetch_encoder"
 LATER = (
     "transformers.models.bert.modeling_bert",
     "peft",
@@ -27,12 +27,12 @@ LATER = (
     "torch._dynamo",
     "matplotlib.pyplot",
 )
-CLIENT = """#!{python} -IS
+CLIENT = """
 import json, os, signal, socket, sys
-if sys.argv[1:3] != ["-m", "castbench"] or "{never}" in sys.argv:
-    os.execv("{python}", ["{python}", *sys.argv[1:]])
+if sys.argv[1:3] != ["-m", "castbench"] or "prefetch_encoder" in sys.argv:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
-    server.connect("{address}")
+    server.connect(os.path.join(os.path.dirname(__file__), "jobs"))
     job = json.dumps([sys.argv[3:], os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(job).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(job)
@@ -47,11 +47,11 @@ sys.exit(status[0] if status else 137)  # nothing comes from a job that was kill
 @contextlib.contextmanager
 def warm_python(folder: Path) -> Iterator[Path]:
     """Start the server; yields a folder with `python`, to be put first on the PATH."""
-    address, programs = folder / "jobs.socket", folder / "bin"
-    programs.mkdir()
-    client = programs / "python"
-    client.write_text(CLIENT.format(python=sys.executable, never=NEVER_HERE, address=address))
-    client.chmod(0o755)
+    address, client, program = folder / "jobs", folder / "client.py", folder / "python"
+    client.write_text(CLIENT)
+    # Not named behind #!, where no path may have a space.
+    program.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} -IS {quote(str(client))} "$@"\n')
+    program.chmod(0o755)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "0"}
     environment |= {"HF_HUB_OFFLINE": "1"}  # read when the Hub's client is imported
     server = subprocess.Popen([sys.executable, __file__, str(address)], env=environment)
@@ -59,7 +59,7 @@ def warm_python(folder: Path) -> Iterator[Path]:
         while not address.exists():
             assert server.poll() is None, "the server of jobs has ended"
             time.sleep(0.05)
-        yield programs
+        yield folder
     finally:
         server.kill()
         server.wait()
