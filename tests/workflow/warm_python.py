@@ -6,6 +6,7 @@ and folder. All else, and the verb that may ask the network, is run by the real 
 tests and those of the Materials Project start every job by the real one.)
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -109,8 +110,6 @@ def run(connection: socket.socket, path: list[str]) -> None:
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
-        import atexit
-
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
