@@ -35,7 +35,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.attention.varlen  # registers its operators
-from lightning_fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -66,6 +65,7 @@ from castbench.training import objectives  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
 from castbench.training.loop import Trainer  # noqa: E402
 from castbench.training.optimizer import MAX_GRADIENT_NORM  # noqa: E402
+from castbench.training.session import make_fabric  # noqa: E402
 from castbench.training.turns import take_turns  # noqa: E402
 from make_random_bert import make_random_bert  # noqa: E402
 
@@ -213,19 +213,27 @@ def plain_steps(network: nn.Module, loader: Any, predict: Callable[[Any], tuple[
 
 
 def our_steps(network: Network, crystals: Crystals, size: int = BATCH, precision: Any = "32-true") -> Steps:
-    """Steps of `Trainer` on random targets; the first is not recorded on a GPU, so that it can be counted."""
-    fabric = Fabric(accelerator=crystals.device.type, devices=1, precision=precision)
+    """Steps of `Trainer` on random targets; the first is not recorded on a GPU, so that it can be counted.
+
+    The trainer is made at once, not at the first step, where `count` lets no kernel be used: it would not
+    record.
+    """
+    fabric = make_fabric(crystals.device.type, precision, devices=1)
     every = torch.arange(len(crystals.material_ids))
     values = np.random.default_rng(0).normal(size=len(every))
     objective = objectives.Regression(crystals, values, every, every[:0], {"batch_size": size, "loss": "l1"})
     trainer = Trainer(network, objective, RATES, 1, 0, fabric, Path("not written"), "benchmark")
     trainer.module.train()
-    recorder, trainer.recorder = trainer.recorder, None
     trainer.rate_factor = lambda step: 1.0  # type: ignore[method-assign]
-    for rows in shuffled(len(every), size):
-        trainer.advance(rows)
-        trainer.recorder = recorder
-        yield
+
+    def steps() -> Steps:
+        recorder, trainer.recorder = trainer.recorder, None
+        for rows in shuffled(len(every), size):
+            trainer.advance(rows)
+            trainer.recorder = recorder
+            yield
+
+    return steps()
 
 
 def seconds_each(

@@ -16,6 +16,7 @@ from lightning_fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 
 from castbench.cards import choose_device
@@ -63,17 +64,36 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    choice: dict[str, Any] = {"accelerator": device, "precision": training["precision"]}
+    choice: dict[str, Any] = {"devices": devices, "num_nodes": nodes}
     if devices * nodes > 1:
         choice["strategy"] = DDPStrategy(broadcast_buffers=False)  # no model has one that changes
-    if nodes == 1:  # in a Slurm job too, which knows of one task
-        choice["plugins"] = LightningEnvironment()
-    fabric = Fabric(devices=devices, num_nodes=nodes, **choice)
+    # One node is one task, also in a Slurm job, which knows of one.
+    own = [LightningEnvironment()] if nodes == 1 else []
+    fabric = make_fabric(device, training["precision"], *own, **choice)
     if devices * nodes > 1:
         fabric.launch()
         log.info("%d processes train together", fabric.world_size)
     torch.set_num_threads(wanted)
     return fabric
+
+
+class Mixed(MixedPrecision):
+    """Mixed precision that rounds what operations read, and not their inputs.
+
+    Fabric's own rounds every floating-point number of a batch: in bfloat16 a distance of 2.35 angstrom by up
+    to 0.008, and counts above 256.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """The same."""
+        return data
+
+
+def make_fabric(device: str, precision: str, *plugins: Any, **choice: Any) -> Fabric:
+    """Fabric of a `training.precision`; `choice` is more of its arguments."""
+    if precision == "bf16-mixed":
+        return Fabric(accelerator=device, plugins=[Mixed("bf16-mixed", device), *plugins], **choice)
+    return Fabric(accelerator=device, precision=precision, plugins=[*plugins], **choice)  # type: ignore[arg-type]
 
 
 def run_key(fabric: Fabric, **parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""The way of bf16-mixed, on the CPU: every model under autocast, from states in bfloat16."""
+"""The way of bf16-mixed, on the CPU: every model as Fabric calls it, from states in bfloat16."""
 
 from dataclasses import fields, replace
 
@@ -7,6 +7,7 @@ import torch
 
 from castbench.models import REGISTRY, build_model
 from castbench.models.structure import ENCODERS, StructureOnly
+from castbench.training.session import make_fabric
 from crystals import prototypes
 from model_batches import SMALL_ENCODERS, graph_batch, join, only
 
@@ -21,12 +22,31 @@ def test_every_structure_encoder_trains(name):
     double = [name for name, x in values.items() if torch.is_tensor(x) and x.dtype == torch.float64]
     batch = replace(batch, **{name: values[name].float() for name in double})
     exact = network(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = network(batch)
-    rounded.sum().backward()
+    fabric = make_fabric("cpu", "bf16-mixed")
+    rounded = fabric.setup(network)(batch)
+    fabric.backward(rounded.sum())
     assert (rounded - exact).norm() < 0.05 * (1 + exact.norm())
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+class Looking(torch.nn.Module):
+    """Keeps the batch that it is given."""
+
+    def forward(self, batch):
+        self.batch = batch
+        return torch.zeros(1, requires_grad=True)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_distances_and_counts_are_not_rounded(precision):
+    batch = graph_batch("cogn", prototypes()["perovskite"])
+    given = {"distances": batch.distances.float() / 3, "multiplicities": batch.multiplicities.float() + 300}
+    network = make_fabric("cpu", precision).setup(Looking())
+    network(replace(batch, **given))
+    for name, values in given.items():
+        seen = getattr(network.batch, name)
+        assert seen.dtype == torch.float32 and torch.equal(seen, values)
 
 
 @pytest.mark.parametrize("model", REGISTRY)
@@ -45,9 +65,9 @@ def test_predictions_and_gradients_are_those_of_float32_to_bfloat16s_rounding(
     for name in ("token_states", "cls_states"):
         if (states := getattr(batch, name)) is not None:
             batch = replace(batch, **{name: states.bfloat16()})
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = network(batch)
-    rounded.sum().backward()
+    fabric = make_fabric("cpu", "bf16-mixed")
+    rounded = fabric.setup(network)(batch)
+    fabric.backward(rounded.sum())
     assert (rounded - exact).norm() < 0.05 * (1 + exact.norm())
     found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     assert found.keys() == gradients.keys()

@@ -5,13 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 
 from castbench.models import build_model
 from castbench.training import loop
 from castbench.training.dataset import Crystals
 from castbench.training.objectives import Regression
 from castbench.training.recorder import Recorder
+from castbench.training.session import make_fabric
 
 LORA = [  # model, precision, layers that LoRA adapts
     ("text_only", "32-true", "all"),
@@ -40,7 +40,7 @@ def trained(data, name, folder, steps, precision="32-true", layers=1, recorded=T
     architecture = settings["architecture"]
     architecture = architecture | {"lora": architecture["lora"] | {"layers": layers}}
     network = build_model(name, architecture, data.root / "encoder")
-    fabric = Fabric(accelerator="cuda", devices=1, precision=precision)
+    fabric = make_fabric("cuda", precision, devices=1)
     paths = {key: path for key, path in data.caches(name).items() if key != "encoder"}
     crystals = Crystals(network, **paths, device=fabric.device)
     rows = torch.tensor([row for row in range(30) if row != 7])
