@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ class Recorder:
         self.device, self.state = device, state
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self.pool: Any = None  # of memory, which all graphs share: they run one after another
-        # What runs beside this stream's work (models/streams.py) gives way to it.
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = recording_stream(device)
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """The function's value, recorded where `key` is new."""
@@ -71,6 +71,15 @@ class Recorder:
             place.copy_(value, non_blocking=True)
         graph.replay()
         return found
+
+
+@cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs of the process: products keep memory for each stream that they were on.
+
+    What runs beside its work (models/streams.py) gives way to it.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager
