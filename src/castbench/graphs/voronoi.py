@@ -10,6 +10,7 @@ from castbench.graphs.crystal_graph import CrystalGraph
 from castbench.graphs.neighbours import Pairs, directed, pairs_with_nearest, pairs_within
 
 MIN_AREA = 1e-6  # square angstrom; smaller faces are corners that rounding has opened (the reference's value)
+FLAT = 1e-3  # angstrom; neighbours nearer to a plane than this make no cell
 NEAREST = 40  # neighbours whose distance is the first guess of how far a cell reaches, twice
 
 
@@ -48,10 +49,11 @@ def _faces(
     while True:
         pairs = pairs_within(lattice, positions, np.array([centre]), radius)
         vectors = (positions[pairs.atom] + pairs.image - positions[centre]) @ lattice
-        cells = Voronoi(np.vstack([np.zeros(3), vectors]))
-        corners = cells.regions[cells.point_region[0]]
-        if -1 not in corners and np.linalg.norm(cells.vertices[corners], axis=1).max() <= radius / 2:
-            break
+        if np.linalg.matrix_rank(vectors, tol=FLAT) == 3:  # not yet, where a layer is far from the next
+            cells = Voronoi(np.vstack([np.zeros(3), vectors]))
+            corners = cells.regions[cells.point_region[0]]
+            if -1 not in corners and np.linalg.norm(cells.vertices[corners], axis=1).max() <= radius / 2:
+                break
         radius *= 1.5
     faces = np.flatnonzero((cells.ridge_points == 0).any(axis=1))
     areas = np.array([_area(cells.vertices[cells.ridge_vertices[face]]) for face in faces])

@@ -38,6 +38,12 @@ def test_a_thin_cell_has_the_faces_of_the_crystal(prototypes):
     assert np.allclose(np.sort(graph.ridge_areas), np.sort(expected.ridge_areas), atol=1e-4)
 
 
+def test_a_layer_far_from_the_next_has_faces_towards_it():
+    graph = build("congn", Structure(Lattice.tetragonal(3, 50), ["C"], [[0, 0, 0]]))
+    assert np.sort(graph.ridge_areas) == pytest.approx([9, 9, 150, 150, 150, 150], rel=1e-4)
+    assert np.sort(graph.distances) == pytest.approx([3, 3, 3, 3, 50, 50])
+
+
 def test_bonds_are_mutual_and_each_knows_its_reverse():
     for structure in varied_crystals():
         graph = build("alignn", structure)
