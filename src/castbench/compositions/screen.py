@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from lightning_fabric import Fabric
 from pymatgen.core import Composition, Element
 from safetensors.torch import load_file
 from scipy.stats import hypergeom
@@ -25,7 +26,7 @@ from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_run
 from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_composition_model
-from castbench.models.composition import CompositionNetwork, Compositions
+from castbench.models.composition import Compositions
 from castbench.provenance import atomic_path, write_json
 from castbench.training.multitask import to_unit
 from castbench.training.schedule import batches
@@ -45,12 +46,13 @@ class Ensemble:
         InputError: no run is finished.
     """
 
-    def __init__(self, settings: dict[str, Any], folder: Path, seeds: list[int], device: torch.device):
-        self.device = device
+    def __init__(self, settings: dict[str, Any], folder: Path, seeds: list[int], fabric: Fabric):
+        self.device = fabric.device
         self.seeds: list[int] = []
         self.classification = list(settings["classification"])
         targets = [*settings["regression"], *settings["classification"]]
-        self.members: list[tuple[CompositionNetwork, dict[str, tuple[float, float]]]] = []
+        # Each as it was validated: in the precision of the training.
+        self.members: list[tuple[Any, dict[str, tuple[float, float]]]] = []
         for seed in seeds:
             record = read_run(folder / str(seed))
             if record["status"] != "finished":
@@ -61,7 +63,7 @@ class Ensemble:
             )
             network.load_trained_state(load_file(folder / str(seed) / "model.safetensors"))
             scale = {target: (s["mean"], s["std"]) for target, s in record["scale"].items()}
-            self.members.append((network.to(device).eval(), scale))
+            self.members.append((fabric.setup_module(network).eval(), scale))
             self.seeds.append(seed)
         if not self.members:
             raise InputError(
@@ -116,7 +118,7 @@ def screen_compositions(
     """
     screening = settings["screening"]
     fabric = open_session(settings["training"] | ONE_DEVICE, threads)
-    ensemble = Ensemble(settings, runs, seeds, fabric.device)
+    ensemble = Ensemble(settings, runs, seeds, fabric)
     known = read_known(compositions, split, settings["classification"]["stability"])
     counts: Counter[str] = Counter(dict.fromkeys(STEPS, 0))
     scores: list[np.ndarray] = []

@@ -17,6 +17,7 @@ from castbench.materials.structures import RecordError
 from castbench.models.composition import CompositionBatch
 from castbench.models.edm_transformer import EDMTransformer
 from castbench.provenance import write_json
+from castbench.training.session import make_fabric
 
 
 def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path, output: Path) -> None:
@@ -39,10 +40,11 @@ def explain_compositions(settings: dict[str, Any], seeds: list[int], runs: Path,
         )
     except RecordError as error:
         raise InputError(f"compositions.explain: {error}; change the formula") from None
-    ensemble = Ensemble(settings, runs, seeds, torch.device("cpu"))
+    ensemble = Ensemble(settings, runs, seeds, make_fabric("cpu", "32-true", devices=1))
     batch = CompositionBatch(torch.from_numpy(numbers[1:]).long(), torch.from_numpy(fractions[1:]))
     found = {}
-    for seed, (network, _) in zip(ensemble.seeds, ensemble.members, strict=True):
+    for seed, (module, _) in zip(ensemble.seeds, ensemble.members, strict=True):
+        network = module.module
         assert isinstance(network, EDMTransformer)
         with torch.inference_mode():
             _, mask, maps = network.encode(batch, weights=True)

@@ -147,7 +147,7 @@ def predict_formulas(runs: list[Path], given: list[Path]) -> tuple[pd.DataFrame,
         raise InputError(f"{runs[0]}: {record['model']} keeps no weights; give the runs of a network")
     fabric = open_session(usable(config["training"]), config["training"]["threads"])
     seeds = [int(run.name) for run in runs]
-    ensemble = Ensemble(config | {"model": record["model"]}, runs[0].parent, seeds, fabric.device)
+    ensemble = Ensemble(config | {"model": record["model"]}, runs[0].parent, seeds, fabric)
     names, encoded, failures = [], [], 0
     mapping = read_columns(runs[0].resolve().parents[2] / "compositions" / "manifest.json")
     for name, formula in read_formulas(given, mapping):

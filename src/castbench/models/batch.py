@@ -107,7 +107,8 @@ class Batch:
 
 
 def sums_of(values: Tensor, groups: Tensor, n: int) -> Tensor:
-    """Sums (n, ...) of the values (R, ...) of each group; groups (R,)."""
+    """Sums (n, ...) of the values (R, ...) of each group; groups (R,). In float32, or more precisely."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.new_zeros(n, *values.shape[1:]).index_add(0, groups, values)
 
 

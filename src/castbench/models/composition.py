@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from castbench.models.base import Network
-from castbench.models.heads import dense
+from castbench.models.heads import Exact, dense
 
 
 @dataclass(slots=True)
@@ -63,7 +63,9 @@ class TargetHeads(nn.ModuleDict):
     def __init__(self, targets: list[str], width: int, hidden: int, dropout: float):
         super().__init__(
             {
-                target: nn.Sequential(dense(width, hidden), nn.GELU(), nn.Dropout(dropout), dense(hidden, 1))
+                target: nn.Sequential(
+                    dense(width, hidden), nn.GELU(), nn.Dropout(dropout), dense(hidden, 1, Exact)
+                )
                 for target in targets
             }
         )

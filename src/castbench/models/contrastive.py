@@ -18,7 +18,9 @@ from castbench.models.text import TextEncoder
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
     """Symmetric InfoNCE of paired vectors (B, d): each row has to find its partner among the other rows."""
-    similarity = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature
+    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+    with torch.autocast(a.device.type, enabled=False):
+        similarity = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature
     partner = torch.arange(len(a), device=a.device)
     loss = (
         functional.cross_entropy(similarity, partner) + functional.cross_entropy(similarity.T, partner)

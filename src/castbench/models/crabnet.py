@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from castbench.compositions.descriptors import N_MAT2VEC, element_table
 from castbench.errors import InputError
 from castbench.models.composition import CompositionBatch, CompositionNetwork
-from castbench.models.heads import dense
+from castbench.models.heads import Exact, dense
 
 RESOLUTION, BASE = 5000, 50.0  # of the sinusoids
 LOG_SCALE = 0.0025  # x -> min(1, 0.0025 log2(x)^2)
@@ -57,7 +57,7 @@ class ResidualHead(nn.Module):
         pairs = list(pairwise(widths))
         self.layers = nn.ModuleList(dense(a, b) for a, b in pairs)
         self.skips = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
-        self.output = dense(widths[-1], outputs)
+        self.output = dense(widths[-1], outputs, Exact)
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of every element."""

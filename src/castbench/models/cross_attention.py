@@ -24,7 +24,7 @@ from castbench.errors import InputError
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
-from castbench.models.heads import Regression, attend, dense, has_kernels, product_type
+from castbench.models.heads import Exact, Regression, attend, dense, has_kernels, product_type
 from castbench.models.streams import beside
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder
@@ -291,7 +291,7 @@ class MaskedNodePretraining(CrossAttentionNetwork):
     def __init__(self, architecture: dict[str, Any], encoder: Path):
         super().__init__(architecture, encoder)
         self.hidden = nn.Parameter(torch.empty(self.structure.width).uniform_(-0.05, 0.05))
-        self.head = dense(self.structure.width, N_ELEMENTS)
+        self.head = dense(self.structure.width, N_ELEMENTS, Exact)
 
     def logits(self, batch: Batch) -> Tensor:
         """Scores (nodes, 118) of each node's element; column Z - 1."""

@@ -14,9 +14,18 @@ from castbench.models.batch import GROUP, gather_block
 KERNEL_WIDTH = 64  # of a head, up to which the registers of a GPU hold what attention's kernels sum up
 
 
-def dense(n_in: int, n_out: int) -> nn.Linear:
+class Exact(nn.Linear):
+    """A model's last layer, in the type of its weights; under autocast 8 of 24 bits would be left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def dense(n_in: int, n_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A linear layer with Glorot-uniform weights and zero bias, as coGN's (Keras) and the transformer's."""
-    layer = nn.Linear(n_in, n_out)
+    layer = kind(n_in, n_out)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -100,7 +109,7 @@ class Regression(nn.Sequential):
     """One linear layer (B, d) -> (B,): the paper's regression block (CAST, 4.3.1)."""
 
     def __init__(self, width: int):
-        super().__init__(dense(width, 1))
+        super().__init__(dense(width, 1, Exact))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Standardised predictions (B,)."""

@@ -33,7 +33,7 @@ class Dense(nn.Sequential):
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (R, last size)."""
         for layer in self:
-            rows = functional.softplus(layer(rows)) - LOG_2
+            rows = functional.softplus(layer(rows).to(layer.weight.dtype)) - LOG_2
         return rows
 
 

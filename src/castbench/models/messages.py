@@ -68,8 +68,9 @@ class Messages(torch.autograd.Function):
         edges, m, source, target, weight, weights, *inputs = ctx.saved_tensors
         (of_received,) = gradients
         of_receiver, of_sender = torch.zeros_like(of_received), torch.zeros_like(of_received)
-        of_weight, of_weights = torch.zeros_like(weight), torch.zeros_like(weights)
-        of_biases = weight.new_zeros(len(inputs), len(weight))
+        # In float32: pieces add up, which bfloat16 would round each time.
+        of_weight, of_weights = (torch.zeros_like(part, dtype=m.dtype) for part in (weight, weights))
+        of_biases = of_weight.new_zeros(len(inputs), len(weight))
         space = weights.new_empty(3, _piece(edges), len(weight))
         for part, to, active, before, after in _pieces(target, *space):
             after.copy_(of_received.index_select(0, to) * m[part, None])
@@ -77,15 +78,15 @@ class Messages(torch.autograd.Function):
                 aten.silu_backward.grad_input(after, inputs[layer][part], grad_input=before)
                 of_biases[layer] += before.sum(0)
                 aten.silu.out(inputs[layer - 1][part], out=active)
-                of_weights[layer - 1].addmm_(before.T, active)
+                _add_product(of_weights[layer - 1], before, active)
                 torch.mm(before, weights[layer - 1], out=after)
             aten.silu_backward.grad_input(after, inputs[0][part], grad_input=before)
             of_biases[0] += before.sum(0)
-            of_weight.addmm_(before.T, edges[part])
+            _add_product(of_weight, before, edges[part])
             of_receiver.index_add_(0, to, before.to(m.dtype))
             of_sender.index_add_(0, source[part], before.to(m.dtype))
-        nodes = of_receiver.to(weights.dtype), of_sender.to(weights.dtype)
-        return None, None, None, None, *nodes, of_weight, of_biases[0], of_weights, of_biases[1:]
+        found = of_receiver, of_sender, of_weight, of_biases[0], of_weights, of_biases[1:]
+        return None, None, None, None, *(part.to(weights.dtype) for part in found)
 
 
 class SortedMessages(torch.autograd.Function):
@@ -151,6 +152,14 @@ class SortedMessages(torch.autograd.Function):
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
     """Sums (N, d) of rows starts[n]:starts[n + 1] of (R, d), in that order; none behind the last start."""
     return torch.segment_reduce(rows, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right (a, b) of (E, a) and (E, b)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
 
 
 def _piece(edges: Tensor) -> int:

@@ -76,7 +76,11 @@ class StructureEncoder(nn.Module, ABC):
         return weighted_mean(nodes, batch.multiplicities, segments(batch.node_offsets), batch.n)
 
     def hide(self, states: Tensor, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """States (N, d) with `hidden` (d,) in the place of those of masked nodes."""
+        """States (N, d) with `hidden` (d,) in the place of those of masked nodes.
+
+        In the type of the weights, to which rounds of messages add what they found.
+        """
+        states = states.to(next(self.parameters()).dtype)
         return states if hidden is None else torch.where(batch.masked_nodes[:, None], hidden, states)
 
 

@@ -32,7 +32,15 @@ CODE = (
     "labels.py", "materials/splits.py", "materials/targets.py", "text/encoders.py", "text/packed.py",
     "text/states.py", "text/tokens.py",
 )  # fmt: skip
-PACKAGES = ("torch", "transformers", "peft", "pymatgen", "pymatgen-core", "ElementEmbeddings")
+PACKAGES = (
+    "torch",
+    "lightning-fabric",
+    "transformers",
+    "peft",
+    "pymatgen",
+    "pymatgen-core",
+    "ElementEmbeddings",
+)
 
 ONE_DEVICE = {"devices": 1, "num_nodes": 1}  # settings of what does not train
 

@@ -292,12 +292,15 @@ def test_nothing_to_predict_is_an_error(study, tmp_path, capsys):
     assert "none of the 1 crystals can be read" in capsys.readouterr().err
 
 
-def test_formulas_get_the_runs_own_bits_and_bad_ones_a_line(tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_formulas_get_the_runs_own_bits_and_bad_ones_a_line(tmp_path, capsys, precision):
     data = aggregated(tmp_path, rows())
     split(data)
     runs = tmp_path / "edm_transformer"
+    settings = composition_settings(epochs=2)
+    settings["training"] = settings["training"] | {"precision": precision}
     train_compositions(
-        composition_settings(epochs=2), "edm_transformer", [0, 1], data / "compositions.parquet",
+        settings, "edm_transformer", [0, 1], data / "compositions.parquet",
         data / "split.json", runs, 1,
     )  # fmt: skip
     own = [pd.read_parquet(runs / seed / "predictions.parquet").query("split == 'test'") for seed in "01"]

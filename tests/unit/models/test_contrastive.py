@@ -20,6 +20,14 @@ def test_loss_is_symmetric_and_higher_for_wrong_partners():
     assert float(info_nce(a, a.roll(1, 0), 0.2).correct) == 0
 
 
+def test_similarities_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 30, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = info_nce(a, b, 0.2).loss
+    assert torch.equal(found, info_nce(a, b, 0.2).loss)
+
+
 def test_correct_is_the_mean_of_both_directions():
     a = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
     b = torch.tensor([[1.0, 0.0], [-1.0, 0.1]])

@@ -69,3 +69,23 @@ def test_products_in_bfloat16_are_summed_in_float32(inputs):
     found, expected = Messages.apply(*half), plain(*single)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_gradients_in_bfloat16_do_not_depend_on_the_number_of_pieces(monkeypatch):
+    """The pieces' sums are added in float32."""
+    torch.manual_seed(0)
+    n, width = 2000, 8
+    ends = torch.randint(0, 50, (2, n)).sort().values
+    nodes, layers = torch.randn(2, 50, width).bfloat16(), torch.randn(3, width, width).bfloat16()
+    found = []
+    for size in (n, 4):
+        monkeypatch.setattr(messages, "EDGES", size)
+        own = [
+            part.clone().requires_grad_()
+            for part in (*nodes, layers[0], layers[0, 0], layers[1:], layers[1:, 0])
+        ]
+        graph = torch.ones(n, width).bfloat16(), torch.ones(n), *ends
+        Messages.apply(*graph, *own).sum().backward()
+        found.append([part.grad.float() for part in own])
+    for whole, pieces in zip(*found, strict=True):
+        assert (whole - pieces).norm() < 5e-3 * whole.norm()

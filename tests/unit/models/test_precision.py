@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from castbench.models import REGISTRY, build_model
+from castbench.models.batch import sums_of
 from castbench.models.structure import ENCODERS, StructureOnly
 from castbench.training.session import make_fabric
 from crystals import prototypes
@@ -28,6 +29,11 @@ def test_every_structure_encoder_trains(name):
     assert (rounded - exact).norm() < 0.05 * (1 + exact.norm())
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_sums_are_in_float32():
+    values = torch.ones(257, 3, dtype=torch.bfloat16)  # there is no 257 in bfloat16
+    assert sums_of(values, torch.zeros(257, dtype=torch.long), 2)[:, 0].tolist() == [257, 0]
 
 
 class Looking(torch.nn.Module):
@@ -69,6 +75,7 @@ def test_predictions_and_gradients_are_those_of_float32_to_bfloat16s_rounding(
     rounded = fabric.setup(network)(batch)
     fabric.backward(rounded.sum())
     assert (rounded - exact).norm() < 0.05 * (1 + exact.norm())
+    assert not torch.equal(rounded, rounded.bfloat16().float())  # the last layer is exact
     found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     assert found.keys() == gradients.keys()
     difference = sum((found[name] - gradients[name]).square().sum() for name in found) ** 0.5
