@@ -73,7 +73,8 @@ attention.extract_attention(
 """
 HELD = """
 test, _ = crystals.rows(json.loads(split.read_text())["test"])
-maps = [m for part in test.split(attention.BATCH) for m in attention.attention(model, crystals.batch(part))]
+batches = (crystals.batch(part) for part in test.split(attention.BATCH))
+maps = [m.copy() for batch in batches for m in attention.attention(model, batch)]  # without their padding
 for weights in maps:
     attention.cosine_similarities(weights), attention.effective_tokens(weights)
 """

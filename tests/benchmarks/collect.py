@@ -62,14 +62,15 @@ def work(snapshot, folder):
     return len(documents)
 """
 MEASURE = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
+from castbench.provenance import peak_rss
 warm, snapshot, folder = map(Path, sys.argv[1:])
 work(warm, folder)
 start = time.perf_counter()
 records = work(snapshot, folder)
 seconds = time.perf_counter() - start
-print(json.dumps([records, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([records, seconds, peak_rss()]))
 """
 
 
@@ -108,8 +109,7 @@ def measure(script: str, warm: Path, snapshot: Path) -> tuple[int, float, float]
         [sys.executable, "-W", "ignore", "-c", script + MEASURE, warm, snapshot, snapshot.parent],
         env=environment, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    records, seconds, kilobytes = json.loads(ended.stdout)
-    return records, seconds, kilobytes / 1024
+    return tuple(json.loads(ended.stdout))
 
 
 def main() -> None:

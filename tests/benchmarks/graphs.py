@@ -131,10 +131,11 @@ def simulate(folder: Path, count: int) -> Path:
 
 
 BUILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from castbench.graphs.build import build_graphs
 from castbench.graphs.packed import PackedGraphs
+from castbench.provenance import peak_rss
 settings = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4}
 folder = Path(sys.argv[2])
 start = time.process_time()
@@ -142,8 +143,7 @@ build_graphs(settings, Path(sys.argv[1]), folder, 1)
 seconds = time.process_time() - start
 manifest = PackedGraphs.open(folder).manifest
 size = sum(file["bytes"] for file in manifest["files"].values())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps([seconds, peak, manifest["n_failed"], size]))
+print(json.dumps([seconds, peak_rss(), manifest["n_failed"], size]))
 """
 
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def test_json_is_canonical_and_refuses_nan(tmp_path: Path):
     with pytest.raises(ValueError):
         provenance.write_json(file, {"a": float("nan")})
     assert json.loads(file.read_text())["b"] == 1
+
+
+def test_memory_is_of_this_process_and_not_of_the_one_that_started_it():
+    child = "from castbench.provenance import peak_rss; print(peak_rss())"
+    parent = (
+        "import subprocess, sys; held = bytearray(b'1' * 2**28);"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    path = os.environ | {"PYTHONPATH": str(Path(provenance.__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", parent], env=path, check=True, capture_output=True, text=True
+    )
+    assert 5 < float(found.stdout) < 200
 
 
 def test_hashes(tmp_path: Path):

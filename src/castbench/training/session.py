@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 from castbench.cards import choose_device
 from castbench.errors import InputError
-from castbench.provenance import hardware, package_versions, sha256_json
+from castbench.provenance import hardware, package_versions, peak_rss, sha256_json
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def peak_memory(fabric: Fabric) -> float:
     """Largest memory so far (MiB): the GPU's since a run began, or the process's, with mapped caches."""
     if fabric.device.type == "cuda":
         return torch.cuda.max_memory_allocated(fabric.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_rss()
 
 
 def describe_session(fabric: Fabric) -> dict[str, Any]:
