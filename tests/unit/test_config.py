@@ -39,7 +39,8 @@ def properties(schema: dict, path: str = ""):
 @pytest.mark.parametrize(
     "overlay",
     [None, *(f"presets/{preset}" for preset in ("smoke", "paper", "perovskite", "matbench")),
-     *(f"resources/reference_runs/elastic4/{name}" for name in ("config", "published_schedule"))],
+     *(f"resources/reference_runs/elastic4/{name}" for name in ("config", "published_schedule")),
+     "resources/reference_runs/mp36k/config"],
 )  # fmt: skip
 def test_overlays_fit_the_schema(root: Path, schema: dict, config: dict, overlay: str | None):
     if overlay:
