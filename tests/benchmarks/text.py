@@ -63,7 +63,7 @@ def memory() -> float:
 def print_memory(count: int) -> None:
     """Memory of a worker while it describes as many crystals, all different."""
     robocrystallographer.prepare()
-    for number, crystal in enumerate(sample(DATA, {"mp36k": count})):
+    for number, crystal in enumerate(sample(DATA, {"elastic4": count})):
         with suppress(Exception):  # it has no text for a few
             robocrystallographer.describe(crystal["structure"])
         if number % max(count // 10, 1) == 0:

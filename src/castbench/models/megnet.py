@@ -67,10 +67,11 @@ class Block(nn.Module):
         if self.before is not None:
             rows = tuple(layers(x) for layers, x in zip(self.before, rows, strict=True))
         v, e, u = rows
-        ends = v[batch.edge_target], v[batch.edge_source]
-        e = self.bond(torch.cat([*ends, e, u[groups.bond_crystal]], dim=1))
+        # index_select: the gradient of an index in brackets is added up in bfloat16 on the CPU.
+        ends = v.index_select(0, batch.edge_target), v.index_select(0, batch.edge_source)
+        e = self.bond(torch.cat([*ends, e, u.index_select(0, groups.bond_crystal)], dim=1))
         around = weighted_mean(e, batch.edge_multiplicities, batch.edge_target, len(v))
-        v = self.atom(torch.cat([around, v, u[groups.atom_crystal]], dim=1))
+        v = self.atom(torch.cat([around, v, u.index_select(0, groups.atom_crystal)], dim=1))
         if self.state is not None:
             of_bonds = weighted_mean(e, groups.bonds, groups.bond_crystal, batch.n)
             of_atoms = weighted_mean(v, batch.multiplicities, groups.atom_crystal, batch.n)
@@ -98,7 +99,7 @@ class Set2Set(nn.Module):
             enter, keep, value, leave = self.gates(found).chunk(4, dim=1)
             cell = keep.sigmoid() * cell + enter.sigmoid() * value.tanh()
             query = leave.sigmoid() * cell.tanh()
-            scores = (memory * query[groups]).sum(dim=1) + weights.log()
+            scores = (memory * query.index_select(0, groups)).sum(dim=1) + weights.log()
             highest = scores.new_full((n,), -torch.inf).scatter_reduce(0, groups, scores.detach(), "amax")
             share = (scores - highest[groups]).exp()
             share = share / sums_of(share, groups, n)[groups]
