@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from castbench.compositions.screen import screen_compositions  # noqa: E402
 from castbench.config import composition_settings  # noqa: E402
 from castbench.materials.splits import checksum  # noqa: E402
 from castbench.models import build_composition_model  # noqa: E402
-from castbench.provenance import write_json  # noqa: E402
+from castbench.provenance import peak_rss, write_json  # noqa: E402
 from castbench.training.checkpoint import encode  # noqa: E402
 
 SEEDS = [0, 1, 2]
@@ -88,20 +87,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         invent_runs(settings, folder)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_rss()
         start = time.monotonic()
         screen_compositions(
             settings, SEEDS, folder / "runs", folder / "compositions.parquet", folder / "split.json",
             folder / "candidates.parquet", folder / "ranked.csv", folder / "summary.json", arguments.threads,
         )  # fmt: skip
-        wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        wall, after = time.monotonic() - start, peak_rss()
         summary = json.loads((folder / "summary.json").read_text())
     theirs = smact_seconds(symbols, arguments.triples)
     for row in summary["steps"]:
         print(f"{row['step']:36} {row['left']:>10,}")
     print(f"predicted with {len(SEEDS)} seeds: {summary['predicted']:,} formulas")
     print(f"{n:,} candidates from enumeration to ranked table: {wall:.0f} s on {arguments.threads} threads")
-    print(f"peak memory {after / 1024:.0f} MiB, of which {(after - before) / 1024:.0f} MiB while screening")
+    print(f"peak memory {after:.0f} MiB, of which {after - before:.0f} MiB while screening")
     print(f"tests of neutrality, electronegativity, radii: {1 / every:,.0f} candidates a second and core")
     print(
         f"of the {len(symbols)} elements with oxidation states: {1 / ours:,.0f} candidates a second and core"

@@ -446,7 +446,7 @@ def attention_products(n: int, query: int, q_offsets: int) -> Callable[..., int]
 
 
 def as_counted(operation: Any) -> Callable[..., int]:
-    """Operations as torch counts those of another one."""
+    """Operations as torch counts those of another one, for what is written in place or on the CPU alone."""
 
     def operations(*args: Any, **kwargs: Any) -> int:
         return flop_registry[operation](*args, **kwargs)
@@ -455,10 +455,9 @@ def as_counted(operation: Any) -> Callable[..., int]:
     return operations
 
 
-UNCOUNTED = {
+UNCOUNTED = {  # by torch 2.11
     torch.ops.torch_attn._varlen_attn: attention_products(2, 0, 3),
     torch.ops.torch_attn._varlen_attn_backward: attention_products(5, 1, 6),  # the scores once more
-    # Nor does it count what is written in place, and attention on the CPU.
     torch.ops.aten.addmm_: as_counted(torch.ops.aten.addmm),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: as_counted(
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -466,7 +465,7 @@ UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: as_counted(
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ),
-}  # torch 2.11 does not count them
+}
 
 
 def count(step: Steps) -> tuple[float, float]:

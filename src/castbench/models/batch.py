@@ -106,9 +106,14 @@ class Batch:
         return replace(self, **moved)
 
 
+def widened(values: Tensor) -> Tensor:
+    """The values in float32, or as they are where that is more precise."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def sums_of(values: Tensor, groups: Tensor, n: int) -> Tensor:
-    """Sums (n, ...) of the values (R, ...) of each group; groups (R,). In float32, or more precisely."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    """Sums (n, ...) of the values (R, ...) of each group, `widened`; groups (R,)."""
+    values = widened(values)
     return values.new_zeros(n, *values.shape[1:]).index_add(0, groups, values)
 
 

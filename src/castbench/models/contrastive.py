@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castbench.models.base import Network, Outcome
-from castbench.models.batch import Batch, gathered
+from castbench.models.batch import Batch, gathered, widened
 from castbench.models.heads import dense
 from castbench.models.structure import StructureOnly, build_structure_encoder
 from castbench.models.text import TextEncoder
@@ -18,9 +18,9 @@ from castbench.models.text import TextEncoder
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Outcome:
     """Symmetric InfoNCE of paired vectors (B, d): each row has to find its partner among the other rows."""
-    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     with torch.autocast(a.device.type, enabled=False):
-        similarity = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature
+        a, b = (functional.normalize(widened(x), dim=1) for x in (a, b))
+        similarity = a @ b.T / temperature
     partner = torch.arange(len(a), device=a.device)
     loss = (
         functional.cross_entropy(similarity, partner) + functional.cross_entropy(similarity.T, partner)
