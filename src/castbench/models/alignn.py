@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.models.batch import Batch, sums_of
+from castbench.models.batch import Batch, rows_at, sums_of
 from castbench.models.elements import element_categories
 from castbench.models.structure import StructureEncoder, WeightedBatchNorm, edges_into, gaussians
 
@@ -57,10 +57,10 @@ class EdgeGatedConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Nodes (N, d), edges (E, d); `ends`: source and target (E,); `weights`: of nodes and of edges."""
         source, target = ends
-        gate = self.edge_gate(edges) + self.source_gate(nodes).index_select(0, source)
-        gate = gate + self.target_gate(nodes).index_select(0, target)
+        gate = self.edge_gate(edges) + rows_at(self.source_gate(nodes), source)
+        gate = gate + rows_at(self.target_gate(nodes), target)
         share = torch.sigmoid(gate)
-        sent = share * self.neighbour(nodes).index_select(0, source)
+        sent = share * rows_at(self.neighbour(nodes), source)
         received = sums_of(sent, target, len(nodes)) / (sums_of(share, target, len(nodes)) + 1e-6)
         updated = nodes + functional.silu(self.node_norm(self.own(nodes) + received, weights[0]))
         if self.last:

@@ -117,6 +117,24 @@ def sums_of(values: Tensor, groups: Tensor, n: int) -> Tensor:
     return values.new_zeros(n, *values.shape[1:]).index_add(0, groups, values)
 
 
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n = len(values)
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return sums_of(gradients[0], index, ctx.n).to(gradients[0].dtype), None
+
+
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """Rows (R, ...) of the values (n, ...) at index (R,); gradients of a row's copies add up `widened`."""
+    return _Rows.apply(values, index)
+
+
 def segments(offsets: Tensor) -> Tensor:
     """Index (rows,) of the crystal that each packed row belongs to, from offsets (B + 1,)."""
     return torch.repeat_interleave(offsets.diff())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.models.batch import ABSENT, Batch, sums_of
+from castbench.models.batch import ABSENT, Batch, rows_at, sums_of
 from castbench.models.elements import element_categories
 from castbench.models.structure import StructureEncoder, WeightedBatchNorm, gaussians
 
@@ -31,8 +31,8 @@ class GatedConv(nn.Module):
         width = nodes.shape[1]
         atom, neighbour, bond = self.linear.weight.split([width, width, basis.shape[1]], dim=1)
         joined = functional.linear(basis, bond, self.linear.bias)
-        joined = joined + functional.linear(nodes, atom).index_select(0, batch.edge_target)
-        joined = joined + functional.linear(nodes, neighbour).index_select(0, batch.edge_source)
+        joined = joined + rows_at(functional.linear(nodes, atom), batch.edge_target)
+        joined = joined + rows_at(functional.linear(nodes, neighbour), batch.edge_source)
         bonds = batch.edge_multiplicities * batch.multiplicities[batch.edge_target]
         gate, message = self.message_norm(joined, bonds).chunk(2, dim=1)
         sent = torch.sigmoid(gate) * functional.softplus(message) * batch.edge_multiplicities[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.models.batch import ABSENT, Batch, sums_of
+from castbench.models.batch import ABSENT, Batch, rows_at, sums_of
 from castbench.models.cogn import CUTOFF, N_BASIS, ElementInput
 from castbench.models.heads import dense
 from castbench.models.structure import StructureEncoder, edges_into, gaussians
@@ -38,8 +38,8 @@ def join(layers: nn.Sequential, features: Tensor, states: Tensor, receiver: Tens
     width = states.shape[1]
     of_features, of_receiver, of_sender = first.weight.split([features.shape[1], width, width], dim=1)
     joined = functional.linear(features, of_features, first.bias)
-    joined = joined + functional.linear(states, of_receiver).index_select(0, receiver)
-    joined = joined + functional.linear(states, of_sender).index_select(0, sender)
+    joined = joined + rows_at(functional.linear(states, of_receiver), receiver)
+    joined = joined + rows_at(functional.linear(states, of_sender), sender)
     return layers[1:](joined)
 
 

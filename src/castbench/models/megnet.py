@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.models.batch import Batch, segments, sums_of
+from castbench.models.batch import Batch, rows_at, segments, sums_of
 from castbench.models.elements import N_ELEMENTS
 from castbench.models.heads import dense
 from castbench.models.structure import StructureEncoder, gaussians, weighted_mean
@@ -67,11 +67,10 @@ class Block(nn.Module):
         if self.before is not None:
             rows = tuple(layers(x) for layers, x in zip(self.before, rows, strict=True))
         v, e, u = rows
-        # index_select: the gradient of an index in brackets is added up in bfloat16 on the CPU.
-        ends = v.index_select(0, batch.edge_target), v.index_select(0, batch.edge_source)
-        e = self.bond(torch.cat([*ends, e, u.index_select(0, groups.bond_crystal)], dim=1))
+        ends = rows_at(v, batch.edge_target), rows_at(v, batch.edge_source)
+        e = self.bond(torch.cat([*ends, e, rows_at(u, groups.bond_crystal)], dim=1))
         around = weighted_mean(e, batch.edge_multiplicities, batch.edge_target, len(v))
-        v = self.atom(torch.cat([around, v, u.index_select(0, groups.atom_crystal)], dim=1))
+        v = self.atom(torch.cat([around, v, rows_at(u, groups.atom_crystal)], dim=1))
         if self.state is not None:
             of_bonds = weighted_mean(e, groups.bonds, groups.bond_crystal, batch.n)
             of_atoms = weighted_mean(v, batch.multiplicities, groups.atom_crystal, batch.n)
@@ -99,7 +98,7 @@ class Set2Set(nn.Module):
             enter, keep, value, leave = self.gates(found).chunk(4, dim=1)
             cell = keep.sigmoid() * cell + enter.sigmoid() * value.tanh()
             query = leave.sigmoid() * cell.tanh()
-            scores = (memory * query.index_select(0, groups)).sum(dim=1) + weights.log()
+            scores = (memory * rows_at(query, groups)).sum(dim=1) + weights.log()
             highest = scores.new_full((n,), -torch.inf).scatter_reduce(0, groups, scores.detach(), "amax")
             share = (scores - highest[groups]).exp()
             share = share / sums_of(share, groups, n)[groups]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from castbench.models import REGISTRY, build_model
-from castbench.models.batch import sums_of
+from castbench.models.batch import rows_at, sums_of
 from castbench.models.structure import ENCODERS, StructureOnly
 from castbench.training.session import make_fabric
 from crystals import prototypes
@@ -34,6 +34,13 @@ def test_every_structure_encoder_trains(name):
 def test_sums_are_in_float32():
     values = torch.ones(257, 3, dtype=torch.bfloat16)  # there is no 257 in bfloat16
     assert sums_of(values, torch.zeros(257, dtype=torch.long), 2)[:, 0].tolist() == [257, 0]
+
+
+def test_gradients_of_a_rows_copies_are_added_in_float32():
+    values = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.ones(10_000, dtype=torch.long)
+    rows_at(values, index).backward(torch.ones(10_000, 3, dtype=torch.bfloat16))  # 256 + 1 is 256 there
+    assert torch.equal(values.grad, torch.tensor([[0.0] * 3, [10_000.0] * 3], dtype=torch.bfloat16))
 
 
 class Looking(torch.nn.Module):
