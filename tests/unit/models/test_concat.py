@@ -1,7 +1,9 @@
 import torch
+from torch.nn import functional
 
 from castbench.models.concat import crysmmnet_frozen, crysmmnet_lora
 from castbench.models.heads import ProjectionHead
+from model_batches import join, only
 
 
 def test_projection_head_is_crysmmnets():
@@ -14,6 +16,22 @@ def test_projection_head_is_crysmmnets():
         inner.var(1, keepdim=True, correction=0) + 1e-5
     ).sqrt()
     torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_refined_can_drop_out():
+    """Where all does, its normalised input is left."""
+    head = ProjectionHead(n_in=12, width=64, dropout=1.0)
+    x = torch.randn(5, 12)
+    assert torch.equal(head(x), head.norm(head.project(x)))
+    assert not torch.allclose(head.eval()(x), head.norm(head.project(x)))
+
+
+def test_a_prediction_is_that_of_both_projections_through_one_layer(architecture, encoder, crystals):
+    model = crysmmnet_frozen(architecture, encoder).eval()
+    batch = only(join(crystals(3)), model.needs)
+    vectors = model.project_structure(model.structure(batch)), model.project_text(batch.cls_states)
+    fused = functional.relu(model.fuse[0](torch.cat(vectors, dim=1)))
+    torch.testing.assert_close(model(batch), model.head[0](fused).squeeze(1))
 
 
 def test_published_size_of_projections_and_fusion(encoder):

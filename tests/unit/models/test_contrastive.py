@@ -2,7 +2,9 @@ import math
 
 import torch
 
+from castbench.models import build_pretraining
 from castbench.models.contrastive import info_nce
+from model_batches import join, only
 
 
 def test_loss_of_orthogonal_pairs_is_known():
@@ -36,3 +38,12 @@ def test_correct_is_the_mean_of_both_directions():
     backward = (torch.nn.functional.normalize(b) @ torch.nn.functional.normalize(a).T).argmax(1)
     hits = (forward == torch.arange(2)).sum() + (backward == torch.arange(2)).sum()
     assert float(outcome.correct) == float(hits) / 2
+
+
+def test_a_batch_is_compared_at_the_temperature_of_the_config(architecture, encoder, crystals):
+    architecture["contrastive"]["temperature"] = 0.7
+    network = build_pretraining("contrastive", architecture, encoder)
+    batch = only(join(crystals(3)), network.needs)
+    found, (first, _, second, _, third) = network(batch), network.project_text
+    texts = third(second(first(batch.cls_states).relu()).relu())
+    torch.testing.assert_close(found.loss, info_nce(network.structure(batch), texts, 0.7).loss)

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from castbench.errors import InputError
 from castbench.models import build_model, build_pretraining
@@ -34,6 +35,30 @@ def test_explicit_attention_equals_the_fast_path(cast, batch):
     explicit, _ = cast.fusion.attend(h_BND, *pad(batch.token_states, batch.token_offsets), weights=True)
     fast = cast.fusion(nodes, batch.token_states, batch)
     torch.testing.assert_close(unpad(explicit, batch.node_offsets), fast, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_are_those_of_a_pre_norm_transformer(cast, crystals):
+    """h + attention(norm(h), tokens), then h + feedforward(norm(h)) with GELU, a head after the other."""
+    single = crystals(3)[1]
+    h, tokens = cast.structure.nodes(single), single.token_states
+    found = cast.fusion(h, tokens, single)
+    for layer in cast.fusion:
+        norm, widen, _, narrow = layer.feedforward
+        q, k, v = layer.query(layer.norm(h)), layer.key(tokens), layer.value(tokens)
+        parts = zip(*(x.split(4, dim=1) for x in (q, k, v)), strict=True)
+        heads = [(a @ b.T / 2).softmax(dim=1) @ c for a, b, c in parts]
+        h = h + layer.output(torch.cat(heads, dim=1))
+        h = h + narrow(functional.gelu(widen(norm(h))))
+    torch.testing.assert_close(found, h, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_of_attention_and_of_the_feed_forward_block(architecture, encoder, batch):
+    """Where all is dropped, the nodes are left as they were."""
+    architecture["cross_attention"]["dropout"] = 1.0
+    cast = build_model("cast", architecture, encoder)
+    nodes = cast.structure.nodes(batch)
+    assert torch.equal(cast.fusion(nodes, batch.token_states, batch), nodes)
+    assert not torch.allclose(cast.eval().fusion(nodes, batch.token_states, batch), nodes)
 
 
 def test_making_keys_and_meeting_the_states_are_the_same_function(cast, batch, monkeypatch):

@@ -40,3 +40,10 @@ def test_gaps_hold_the_reference_values(facts):
         first, second = (facts[z - 1, column] for z in pair)
         assert first == second
         assert facts[:, column].min() < first < facts[:, column].max()
+    for column, missing, value, known in (
+        (1, 118, 209.46, {1: 110, 55: 343}),  # pm
+        (2, 2, 1.18, {55: 0.79, 9: 3.98}),  # Pauling
+        (3, 109, 8.0, {55: 3.894, 2: 24.587}),  # eV; pymatgen has a placeholder
+    ):
+        line = np.polyfit([facts[z - 1, column] for z in known], [*known.values()], 1)
+        assert np.polyval(line, facts[missing - 1, column]) == pytest.approx(value, abs=0.01)

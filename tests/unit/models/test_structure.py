@@ -147,9 +147,17 @@ def test_categories_are_those_of_cgcnn():
         found = [int(part[z - 1].argmax()) for part in (groups, periods, valence, blocks)]
         assert found == [group - 1, period - 1, electrons - 1, block], z
         assert [part[z - 1].sum() for part in (groups, periods, valence, blocks)] == [1, 1, 1, 1]
-    iron = rows[25]  # 1.83 on Pauling's scale, ionised by 7.90 eV
-    assert iron[26:36].argmax() == int((1.83 - 0.5) / 0.35)
-    assert iron[46:56].argmax() == int((np.log(7.9024) - 1.3) / 0.2)
+    ranges = ((0.5, 4.0), (25, 250), (1.3, 3.3), (-3, 3.7), (1.5, 4.3))  # the supplement's Table II
+    for z, values in (  # Pauling, pm, log of eV, eV, log of cubic centimetres a mole
+        (26, (1.83, 142, np.log(7.902), 0.153, np.log(7.09))),
+        (2, (None, 28, np.log(24.587), -0.52, np.log(21.0))),
+        (5, (2.04, 84, np.log(8.298), 0.28, np.log(4.39))),  # a volume below the range
+        (87, (0.7, 260, np.log(4.073), 0.486, None)),  # a radius above it
+        (109, (None,) * 5),  # pymatgen has a placeholder for the energy
+    ):
+        for found, value, (low, high) in zip(rows[z - 1, 26:76].reshape(5, 10), values, ranges, strict=True):
+            place = None if value is None else min(max(int(10 * (value - low) / (high - low)), 0), 9)
+            assert np.flatnonzero(found).tolist() == ([] if place is None else [place]), z
 
 
 def test_weighted_normalisation_is_that_of_the_rows_spelled_out():
@@ -191,6 +199,23 @@ def test_normalisation_without_weights_keeps_its_statistics_and_stays_finite():
     norm = WeightedBatchNorm(2)
     assert norm(torch.randn(3, 2), torch.zeros(3)).isfinite().all()
     assert torch.equal(norm.running_mean, torch.zeros(2)) and torch.equal(norm.running_var, torch.ones(2))
+
+
+def test_normalisation_of_one_row_keeps_its_statistics_finite():
+    norm = WeightedBatchNorm(2)
+    assert norm(torch.randn(1, 2), torch.ones(1)).isfinite().all()
+    assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+
+
+def test_recurrent_layers_start_as_keras_does():
+    """Orthogonal, with zero biases, and ones for the forget gate of MEGNet's LSTM."""
+    gate = StructureOnly({"congn": SMALL_ENCODERS["congn"]}).structure.blocks[0].gate
+    megnet = StructureOnly({"megnet": SMALL_ENCODERS["megnet"]}).structure
+    for weight in (gate.weight_hh, megnet.pool_bonds.gates.weight):
+        torch.testing.assert_close(weight.T @ weight, torch.eye(weight.shape[1]), atol=1e-5, rtol=1e-5)
+    assert not gate.bias_ih.any() and not gate.bias_hh.any()
+    assert megnet.pool_bonds.gates.bias.tolist() == [0.0] * 8 + [1.0] * 8 + [0.0] * 16
+    assert 0.04 < megnet.embedding.weight.abs().max() <= 0.05
 
 
 def test_pairs_of_edges_are_those_of_a_loop():

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo import testing
 from torch.nn.attention import varlen
 
@@ -96,6 +97,14 @@ def test_lora_adapts_query_and_value_of_the_upper_layers(encoder):
     assert len(names) == 2 * 2 * 2  # layers, query and value, A and B
     assert all(".lora_" in name and ("query" in name or "value" in name) for name in names)
     assert {name.split("layers.")[1][0] for name in names} == {"1", "2"}
+
+
+def test_loras_part_is_scaled_by_alpha_over_rank(encoder):
+    query = TextEncoder(encoder, LORA | {"alpha": 6}).eval().encoder.layers[-1].attention.self.query
+    nn.init.normal_(query.lora_B["default"].weight)
+    x = torch.randn(3, query.in_features)
+    part = query.lora_B["default"](query.lora_A["default"](x))
+    torch.testing.assert_close(query(x) - query.base_layer(x), 3 * part, atol=1e-5, rtol=1e-5)
 
 
 def test_minilm_at_rank_8_has_73728_lora_parameters():

@@ -82,6 +82,8 @@ def test_a_model_of_formulas_has_numbers_and_classes(tmp_path):
     assert gap["metrics"][0]["value"] == record["scores"]["band_gap"]["test"]["mae"]
     assert gap["metrics"][0]["name"] == "MAE (eV)" and stability["task"]["type"] == "classification"
     assert "formulas" in head["tags"] and "polymorphs get one answer" in body
+    assert f"| band_gap | test | {record['n']['test']} | MAE (eV) |" in body
+    assert "castbench predict THIS_FOLDER CaTiO3 CsSnI3 ..." in body
     assert all(entry["id"] in body for entry in deviations("compositions"))
 
 
@@ -98,6 +100,36 @@ def test_a_fold_of_matbench_has_its_classes_scores_and_the_last_weights():
     assert "| matbench_mp_is_metal.fold_1 | test | 20 | accuracy | 0.8 |" in card
     assert "weights of epoch 2 (from 0), the last; the test set was read once" in card
     assert all(f"- {entry['id']}: " in card for entry in deviations("matbench"))
+
+
+def test_a_card_says_what_a_model_is_made_of():
+    record = {
+        "dataset": "mp", "model": "cast", "target": "band_gap", "seed": 2, "status": "finished",
+        "n": {"train": 1200, "validation": 7, "test": 9}, "n_dropped": {"no graph": 0, "no target": 3},
+        "commit": "c", "versions": {"python": "3.11", "torch": "2.1"}, "epochs": 3, "steps": 9000,
+        "best_epoch": 1, "text": "lora", "parameters": {"total": 5000, "trainable": 40},
+        "text_encoder": {"id": "org/bert", "revision": "r1", "checksum": "0"},
+        "pretrained": {"objective": "masked_node", "seed": 2, "sha256": "0"},
+        "inputs": {"graphs": "aa", "splits": ["bb", "cc"], "states": None},
+        "test": {"mae": 0.25, "rmse": 0.5, "r2": 0.75},
+    }  # fmt: skip
+    card = model_card(record, {"architecture": {"alignn": {}, "lora": {}}, "training": {}})
+    (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert result["task"] == {"type": "regression", "name": "band_gap"}
+    assert result["dataset"]["split"] == "test"
+    assert [metric["name"] for metric in result["metrics"]] == ["MAE (eV)", "RMSE (eV)", "R²"]
+    for part in (
+        "CAST (Lee et al. 2025). Input: graph + text (ALIGNN).",
+        "Text encoder: org/bert (r1), lora. 40 of its 5,000 parameters were trained.",
+        "It started from the pretraining masked_node, seed 2. Sizes: `config.json` (alignn, lora).",
+        "| band_gap | test | 9 | R² | 0.75 |",
+        "1,200 train, 7 validation, 9 test crystals; 3 dropped (no target)\n",
+        "- 3 epochs, 9,000 steps; weights of epoch 1",
+        "- Seed 2; castbench commit `c`\n- Versions: python 3.11, torch 2.1\n",
+        "- SHA-256 of graphs: `aa`\n- SHA-256 of splits: `bb`\n- SHA-256 of splits: `cc`\n",
+        "castbench predict THIS_FOLDER crystal.cif ...",
+    ):
+        assert part in card, part
 
 
 @pytest.mark.parametrize("status", ["skipped", "failed"])

@@ -41,6 +41,7 @@ def test_a_damaged_newest_one_falls_back_with_a_warning(folder, caplog, damage):
         read, metadata = read_checkpoint(folder, "k")
     assert metadata["step"] == 20 and read["b"] == 20
     assert "damaged" in caplog.text and newest.name in caplog.text
+    assert not newest.exists()  # and so none that the next one counts among the newest
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_ones(folder):
@@ -67,6 +68,7 @@ def test_one_that_cannot_be_read_falls_back_and_stays(folder, caplog):
 def test_other_settings_start_anew_with_a_warning_and_those_before_can_be_gone_back_to(folder, caplog):
     assert read_checkpoint(folder, "other") is None
     assert "2 checkpoints are of other settings, data or code" in caplog.text
+    assert read_checkpoint(folder, "k2") is None
     write_checkpoint(folder, "other", 1, tensors(1), {})
     write_checkpoint(folder, "other", 2, tensors(2), {})
     assert steps(folder) == [1, 2, 20, 100]  # of neither does the other count
@@ -98,6 +100,11 @@ def test_equal_content_gives_equal_bytes_and_metadata_come_back(tmp_path):
     assert content == encode(dict(reversed(tensors(1).items())), dict(reversed(metadata.items())))
     (tmp_path / "f.safetensors").write_bytes(content)
     assert read_metadata(tmp_path / "f.safetensors") == metadata
+
+
+def test_views_of_tensors_are_written(tmp_path):
+    write_checkpoint(tmp_path, "k", 1, {"turned": torch.arange(6.0).view(2, 3).T}, {})
+    assert torch.equal(read_checkpoint(tmp_path, "k")[0]["turned"], torch.arange(6.0).view(2, 3).T)
 
 
 def test_a_run_without_a_result_has_a_valid_file():

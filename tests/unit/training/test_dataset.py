@@ -97,6 +97,13 @@ def test_a_crystal_that_the_caches_do_not_know_is_refused(crystals_of):
         crystals_of("structure_only").rows(["m-1", "m-999"])
 
 
+def test_tokens_of_other_crystals_are_refused(crystals_of, tmp_path):
+    with PackedWriter(tmp_path, {"structure_encoder": "cogn"}, "0") as writer:
+        writer.append(["m-1"], ["two atoms are in one place"])
+    with pytest.raises(InputError, match="other crystals than the graphs have; make both caches again"):
+        crystals_of("text_only", graphs=tmp_path)
+
+
 def test_states_of_another_layer_and_absent_states_are_refused(data, crystals_of):
     with pytest.raises(InputError, match="states after 1 layers, and the model reads those after 2"):
         crystals_of("cast", states=data.root / "text_states" / "1")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from torch import nn
 from torch.nn import functional
 
@@ -235,6 +236,31 @@ def test_baselines_have_the_files_of_a_run(folder: Path, tmp_path: Path, model: 
         assert records[0]["scores"] == records[1]["scores"]
     else:
         assert records[0]["scores"] != records[1]["scores"]
+
+
+def test_a_forest_is_fitted_to_the_training_formulas_that_have_a_value(tmp_path: Path):
+    folder = aggregated(tmp_path, rows())
+    split(folder)
+    data = read_compositions(settings(), folder / "compositions.parquet", folder / "split.json")
+    missing = data.formulas[data.rows["train"][0]]
+    table = pd.read_parquet(folder / "compositions.parquet")
+    table.loc[table["formula"] == missing, "band_gap"] = np.nan
+    table.to_parquet(folder / "compositions.parquet")
+    featurize_compositions(folder / "compositions.parquet", tmp_path / "magpie.parquet")
+    fit_baseline(
+        settings(), "random_forest", [3], folder / "compositions.parquet", folder / "split.json",
+        tmp_path / "magpie.parquet", tmp_path, 1,
+    )  # fmt: skip
+    x = pd.read_parquet(tmp_path / "magpie.parquet").drop(columns="formula").to_numpy()
+    train, found = data.rows["train"], pd.read_parquet(tmp_path / "3" / "predictions.parquet")
+    gap = RandomForestRegressor(10, random_state=3)
+    gap.fit(x[train[1:]], data.values["band_gap"][train[1:]])  # noqa: PD011
+    stable = RandomForestClassifier(10, random_state=3, class_weight="balanced")
+    stable.fit(x[train], data.values["stability"][train])  # noqa: PD011
+    rows_of = {formula: row for row, formula in enumerate(data.formulas)}
+    at = x[found["formula"].map(rows_of)]
+    assert found["band_gap_pred"].tolist() == gap.predict(at).tolist()
+    assert found["stability_pred"].tolist() == stable.predict_proba(at)[:, 1].tolist()
 
 
 def test_features_of_other_formulas_are_refused(folder: Path, tmp_path: Path):

@@ -224,6 +224,15 @@ def trainer_of(data, name, layers=1):
     )
 
 
+def test_each_process_drops_out_on_its_own(data, monkeypatch):
+    trainer, seeds = trainer_of(data, "structure_only"), []
+    monkeypatch.setattr(loop, "seed_step", lambda device, *parts: seeds.append(parts))
+    for rank in (0, 1):
+        monkeypatch.setattr(Fabric, "global_rank", property(lambda self, rank=rank: rank))
+        trainer.advance(ROWS)
+    assert seeds == [(0, "dropout", 0), (0, "dropout", 1, 1)]
+
+
 class OnDevice(TorchDispatchMode):
     """Refuses values from the host, which a graph cannot take."""
 

@@ -106,6 +106,14 @@ def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_unbroken_run(
     assert bytes_of(tmp_path / "b" / "0") == bytes_of(tmp_path / "a" / "0")
 
 
+def test_processes_that_do_not_see_the_same_checkpoint_are_refused(data, tmp_path):
+    command, other = (data.train("structure_only", tmp_path / name, **TWO) for name in ("b", "elsewhere"))
+    assert run_together([command] * 2, stop=3, number=signal.SIGTERM) == [143, 143]
+    log = ["--log", str(tmp_path / "log")]
+    assert run_together([[*command, *log], other]) == [2, 2]
+    assert "not the same on all nodes; put results/ on a disk" in (tmp_path / "log").read_text()
+
+
 def test_another_number_of_processes_starts_anew(data, tmp_path):
     assert run_job(data.train("structure_only", tmp_path / "b"), interval=0, stop=9) == -signal.SIGKILL
     log = ["--log", str(tmp_path / "log")]

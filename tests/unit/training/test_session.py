@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 
 from castbench.training import session
-from castbench.training.session import CODE, run_key
+from castbench.training.session import CODE, open_session, run_key
 
 LOADS = """
 import sys
@@ -52,3 +55,44 @@ def test_the_key_is_of_packages_too(monkeypatch):
     for name, same in (("pymatgen", False), ("torch", False), ("snakemake", True)):
         monkeypatch.setattr(session, "package_versions", lambda name=name: versions | {name: "0"})
         assert (run_key(fabric, seed=0) == key) == same
+
+
+def test_the_key_is_of_code_and_device(monkeypatch, tmp_path):
+    files = [tmp_path / "models" / "deep" / "one.py", tmp_path / "labels.py"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    monkeypatch.setattr(session, "__file__", str(tmp_path / "training" / "session.py"))
+    monkeypatch.setattr(session, "CODE", ("models", "labels.py"))
+    keys = [run_key(SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda")]
+    for file in files:
+        file.write_text("2")
+        keys.append(run_key(SimpleNamespace(device=torch.device("cpu"))))
+    assert len(set(keys)) == 4
+
+
+def test_the_config_decides_the_threads_and_operations_are_deterministic(monkeypatch):
+    """Not the cores that the job has: sums depend on the number of threads."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    called = {}
+    for name in ("set_num_threads", "use_deterministic_algorithms"):
+        monkeypatch.setattr(torch, name, lambda value, name=name, **_: called.update({name: value}))
+    open_session({"threads": 1, "device": "cpu", "precision": "32-true"}, 8)
+    assert called == {"set_num_threads": 1, "use_deterministic_algorithms": True}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_one_node_is_one_task_in_a_job_of_slurm_too(monkeypatch):
+    for name, value in (("NTASKS", "1"), ("JOB_NAME", "train"), ("PROCID", "0"), ("LOCALID", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    fabric = open_session({"threads": 1, "device": "cpu", "precision": "32-true"}, 1)
+    assert isinstance(fabric._connector.cluster_environment, LightningEnvironment)
+
+
+def test_a_job_with_too_few_cores_for_its_processes_is_warned(monkeypatch, caplog):
+    monkeypatch.setattr(session, "make_fabric", lambda *_, **__: Fabric(accelerator="cpu"))
+    settings = {"threads": 1, "device": "cpu", "precision": "32-true"}
+    open_session(settings, 1)
+    assert "it will be slow" not in caplog.text
+    open_session(settings | {"devices": 2}, 1)
+    assert "training.threads: 2, but the job has 1 cores" in caplog.text

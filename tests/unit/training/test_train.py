@@ -1,5 +1,7 @@
 import itertools
 import json
+import math
+import os
 import shutil
 import signal
 import time
@@ -16,11 +18,15 @@ from sklearn.metrics import log_loss, roc_auc_score
 from castbench.errors import InputError
 from castbench.evaluation.metrics import scores
 from castbench.materials.splits import checksum, load_split, write_split
-from castbench.models import REGISTRY, build_model
-from castbench.provenance import write_json
+from castbench.models import REGISTRY, build_model, build_pretraining
+from castbench.provenance import sha256_file, write_json
+from castbench.training import train
+from castbench.training.checkpoint import encode, read_metadata
 from castbench.training.dataset import Crystals
-from castbench.training.objectives import Regression
-from castbench.training.train import train_model
+from castbench.training.loop import terminable
+from castbench.training.objectives import LOSSES, Regression
+from castbench.training.schedule import epoch_batches, rate_factor, seed_step
+from castbench.training.train import load_start, train_model
 from training_jobs import bytes_of, killed_and_unbroken, run_beside, run_job
 
 STEPS = 16  # of a run: 4 epochs of 27 crystals, 8 a batch
@@ -113,7 +119,16 @@ def test_a_seed_that_fails_does_not_stop_those_beside_it(data, tmp_path, monkeyp
     settings = data.settings("structure_only", seeds_together=True)
     train_model(**arguments(data, "structure_only", tmp_path, seeds=[0, 1, 2], settings=settings))
     assert [record(tmp_path / seed)["status"] for seed in "012"] == ["finished", "failed", "finished"]
-    assert record(tmp_path / "1")["failure"]["step"] == 5
+    failure = record(tmp_path / "1")["failure"]
+    assert (failure["step"], failure["learning_rate"]) == (5, 1e-2 * rate_factor(5, STEPS, 1000, 2))
+
+
+def test_the_handler_of_sigterm_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with terminable() as terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated.wait(5)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_damaged_checkpoint_falls_back_and_the_run_ends_the_same(data, tmp_path):
@@ -188,6 +203,19 @@ def test_costs_are_of_the_run_alone(data, tmp_path, monkeypatch):
     assert [again[0], again[2]] == [found[0], found[2]]
 
 
+def test_costs_add_up_over_checkpoints(data, tmp_path, monkeypatch):
+    """Seconds once, and the largest memory of all."""
+    from castbench.training import loop
+
+    peaks = itertools.chain([70.0], itertools.repeat(50.0))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "peak_memory", lambda fabric: next(peaks))
+    since = time.monotonic()
+    train_model(**arguments(data, "structure_only", tmp_path))
+    whole, cost = time.monotonic() - since, json.loads((tmp_path / "0" / "cost.json").read_text())
+    assert 0 < cost["seconds"] < whole and cost["peak_memory_mb"] == 70.0
+
+
 def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path):
     output = tmp_path / "structure_only"
     log = ["--log", str(tmp_path / "log")]
@@ -205,6 +233,21 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path)
     assert list(pd.read_csv(output / "1" / "history.csv").columns) == [
         "epoch", "step", "learning_rate", "train_loss", "validation_loss", "validation_mae",
     ]  # fmt: skip
+
+
+def test_a_validation_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp_path, monkeypatch):
+    losses = itertools.cycle([1.0, math.inf])
+    monkeypatch.setattr(
+        Regression, "validate", lambda *_: {"validation_loss": next(losses), "validation_mae": 1.0}
+    )
+    train_model(**arguments(data, "structure_only", tmp_path, seeds=[0, 1]))
+    for seed in "01":
+        found, history = record(tmp_path / seed), pd.read_csv(tmp_path / seed / "history.csv")
+        assert (found["status"], found["test"], found["failure"]["step"]) == ("failed", None, 7)
+        assert found["reason"] == "validation loss is not finite at step 7"
+        assert found["failure"]["learning_rate"] == 1e-2 * rate_factor(7, STEPS, 1000, 2)
+        assert found["failure"]["material_ids"] == [f"m-{i}" for i in range(28, 34)]
+        assert history["epoch"].tolist() == [0] and found["epochs"] == 1  # what it had come to
 
 
 def test_weights_that_are_not_finite_fail_the_run_and_not_the_job(data, tmp_path, monkeypatch):
@@ -249,6 +292,8 @@ def test_a_prediction_that_is_not_finite_fails_the_run_and_not_the_job(data, tmp
         (crystal,) = found["failure"]["material_ids"]
         assert found["reason"] == f"predictions are not finite, 1 in all, the first that of {crystal}"
         assert len(pd.read_parquet(tmp_path / seed / "predictions.parquet")) == 0
+        assert len(pd.read_csv(tmp_path / seed / "history.csv")) == 4
+        assert json.loads((tmp_path / seed / "cost.json").read_text())["seconds"] > 0
 
 
 def arguments(data, model, output, **changes):
@@ -266,6 +311,63 @@ def arguments(data, model, output, **changes):
         "threads": 1,
     }
     return given | changes
+
+
+@pytest.mark.parametrize("longest", [None, 0.1], ids=["at_most_1", "at_most_0.1"])
+def test_a_run_takes_the_steps_of_a_plain_loop(data, tmp_path, longest):
+    """Rates, decay, clipping, losses, the order of crystals and dropout, written out."""
+    model, steps = "crysmmnet_lora", 20
+    changes = {"epochs": 5, "lora_learning_rate": 2e-3, "weight_decay": 0.3, "selection": "last"}
+    settings = data.settings(model, **changes, **({"max_gradient_norm": longest} if longest else {}))
+    train_model(**arguments(data, model, tmp_path, seeds=[3], settings=settings))
+
+    torch.manual_seed(3)
+    network = build_model(model, settings["architecture"], data.root / "encoder")
+    paths = {name: path for name, path in data.caches(model).items() if name != "encoder"}
+    crystals = Crystals(network, **paths, device=torch.device("cpu"))
+    rows, _ = crystals.rows(load_split(data.root / "splits" / "total_energy.json")["train"])
+    values = pq.read_table(data.root / "materials.parquet")["energy_per_atom"].to_numpy()
+    targets = torch.from_numpy((values - values[rows].mean()) / values[rows].std()).float()
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    lora = [p for name, p in trained.items() if ".lora_" in name]
+    matrices = [p for name, p in trained.items() if ".lora_" not in name and p.ndim > 1]
+    others = [p for name, p in trained.items() if ".lora_" not in name and p.ndim == 1]
+    groups = ((matrices, 1e-2, 0.3), (others, 1e-2, 0.0), (lora, 2e-3, 0.0))
+    optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": decay} for ps, _, decay in groups])
+    network.train()
+    losses, norms = [], []
+    for step, batch in enumerate(itertools.chain(*(epoch_batches(rows, 8, 3, epoch) for epoch in range(5)))):
+        for group, (_, peak, _) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = peak * rate_factor(step, steps, 1000, 2)
+        seed_step(torch.device("cpu"), 3, "dropout", step)
+        loss = (network(crystals.batch(batch)) - targets[batch]).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), longest or 1.0)))
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(norms) > 1.0
+    history = pd.read_csv(tmp_path / "3" / "history.csv")
+    assert history["train_loss"].tolist() == pytest.approx(np.reshape(losses, (5, 4)).mean(1), rel=1e-4)
+    found = load_file(tmp_path / "3" / "model.safetensors")
+    assert found.keys() == trained.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_network_starts_from_the_pretraining_of_its_own_seed(data, tmp_path):
+    architecture = data.settings("multimat")["architecture"]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        weights = build_pretraining("contrastive", architecture, data.root / "encoder").trained_state()
+        write_json(tmp_path / str(seed) / "metrics.json", {"status": "finished", "objective": "contrastive"})
+        (tmp_path / str(seed) / "model.safetensors").write_bytes(encode(weights, {}))
+    network = build_model("multimat", architecture, None)
+    source, lack = load_start(network, "multimat", 1, [tmp_path / "0", tmp_path / "1"])
+    checksum = sha256_file(tmp_path / "1" / "model.safetensors")
+    assert (source, lack) == ({"objective": "contrastive", "seed": 1, "sha256": checksum}, None)
+    for name, value in network.structure.named_parameters(prefix="structure"):
+        assert torch.equal(value, weights[name])
 
 
 def test_predictions_are_those_of_the_saved_weights_and_the_record_is_their_error(data, tmp_path):
@@ -290,6 +392,57 @@ def test_predictions_are_those_of_the_saved_weights_and_the_record_is_their_erro
             network.eval()(crystals.batch(rows)).double().numpy() * found["target_std"] + found["target_mean"]
         )
     np.testing.assert_array_equal(predicted, table.loc[table["split"] == "test", "y_pred"])
+
+
+def test_a_record_says_what_was_read_and_the_weights_hold_the_settings(data, tmp_path):
+    settings = data.settings("cast_scratch", epochs=1)
+    train_model(**arguments(data, "cast_scratch", tmp_path, settings=settings))
+    found, config = record(tmp_path / "0"), json.loads((tmp_path / "0" / "config.json").read_text())
+    caches = data.caches("cast_scratch")
+    read = {name: sha256_file(caches[name] / "manifest.json") for name in ("graphs", "tokens", "states")}
+    read["split"] = load_split(data.root / "splits" / "total_energy.json")["checksum"]
+    assert found["inputs"] == read
+    encoder = json.loads((data.root / "encoder" / "manifest.json").read_text())
+    assert found["text_encoder"] == {name: encoder[name] for name in ("id", "revision", "checksum")}
+    assert config == settings | {"model": "cast_scratch", "target": "total_energy", "seed": 0}
+    assert read_metadata(tmp_path / "0" / "model.safetensors") == config
+    cost = json.loads((tmp_path / "0" / "cost.json").read_text())
+    assert cost["peak_memory_mb"] > 50 and cost["hardware"]["cores"] > 0
+    assert (cost["hardware"]["device"], cost["hardware"]["threads"]) == ("cpu", 1)
+
+
+def test_a_part_of_which_no_crystal_is_left_skips_the_run(data, tmp_path):
+    lists = {"train": ["m-1", "m-2"], "validation": ["m-7"], "test": ["m-3"]}  # 7 has no graph
+    write_split(tmp_path / "s.json", {"reason": None}, lists)
+    train_model(**arguments(data, "structure_only", tmp_path, split=tmp_path / "s.json"))
+    found = record(tmp_path / "0")
+    assert (found["status"], found["reason"]) == ("skipped", "no crystal is left in validation")
+
+
+def test_caches_are_staged_where_that_is_asked_for(data, tmp_path, monkeypatch):
+    staged = {data.caches("cast_scratch")[name]: tmp_path / name for name in ("graphs", "tokens", "states")}
+    for cache, copy in staged.items():
+        shutil.copytree(cache, copy)
+    monkeypatch.setattr(train, "stage_cache", lambda cache: staged.pop(cache))
+    train_model(**arguments(data, "cast_scratch", tmp_path / "runs", stage=1))
+    assert record(tmp_path / "runs" / "0")["status"] == "finished" and not staged
+
+
+def test_all_values_equal_is_no_division_by_zero(data):
+    network = build_model("structure_only", data.settings("structure_only")["architecture"], None)
+    paths = {name: path for name, path in data.caches("structure_only").items() if name != "encoder"}
+    crystals = Crystals(network, **paths, device=torch.device("cpu"))
+    rows = torch.arange(3)
+    task = Regression(crystals, np.full(40, 2.0), rows, rows, {"batch_size": 2, "loss": "l1"})
+    assert (task.mean, task.std) == (2.0, 1.0) and not task.targets.any()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [("l1", (2.5 + 0.5) / 2), ("mse", (6.25 + 0.25) / 2), ("huber", (2.0 + 0.125) / 2)]
+)
+def test_losses_by_hand(loss, expected):
+    """Of predictions 1.5 for -1 and 1; Huber's is quadratic to 1."""
+    assert float(LOSSES[loss](torch.tensor([1.5, 1.5]), torch.tensor([-1.0, 1.0]))) == expected
 
 
 def test_standardisation_is_by_the_training_part_and_errors_are_in_the_unit(data):
