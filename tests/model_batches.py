@@ -19,8 +19,8 @@ SMALL_ENCODERS = {
     "cogn": {"width": 16, "depth": 3},
     "congn": {"width": 16, "depth": 2},
     "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
-    "cgcnn": {"width": 16, "layers": 3, "hidden": 16},
-    "megnet": {"width": 16, "hidden": 16, "blocks": 3, "vector": 8, "passes": 3},
+    "cgcnn": {"width": 12, "layers": 3, "hidden": 20},  # another width than the fusion's, like the next
+    "megnet": {"width": 12, "hidden": 16, "blocks": 3, "vector": 8, "passes": 3},
 }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from castbench import labels
 from castbench.errors import InputError
 from castbench.labels import FOLDS, MATBENCH, fold_name
 from castbench.text import ENCODERS, FILES, slug
@@ -63,6 +64,7 @@ def check(config: Config) -> None:
         InputError: keys that contradict one another.
     """
     check_integers(config)
+    check_known(config)
     check_matbench(config)
     target, targets = config["attention"]["target"], config["targets"]
     if target not in targets and config["study"] != "matbench":
@@ -71,7 +73,8 @@ def check(config: Config) -> None:
         )
     architecture = config["architecture"]
     width, fusion = architecture["cogn"]["width"], architecture["cross_attention"]
-    if config["structure_encoder"] == "cogn" and fusion["width"] != width:
+    fused = any("cross_attention" in MODELS[model][1] for model in config["models"])
+    if fused and config["structure_encoder"] == "cogn" and fusion["width"] != width:
         raise InputError(
             f"architecture.cross_attention.width: {fusion['width']} differs from cogn.width {width}; "
             "make them equal"
@@ -108,13 +111,34 @@ def check(config: Config) -> None:
         raise InputError(
             "materials.source: demo reads the bundled crystals; for your own path or columns make it local"
         )
-    if materials["source"] == "local" and materials["path"] == DEMO:
+    if materials["source"] not in ("demo", "materials_project", "matbench") and materials["path"] == DEMO:
         raise InputError("materials.path: names the bundled crystals; name your own file or folder")
     fractions = materials["split"]["fractions"]
     if abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"materials.split.fractions: {fractions} do not add up to 1; make them")
     if config["study"] == "compositions":
         check_compositions(config)
+
+
+def check_known(config: Config) -> None:
+    """Check that this module and `labels` know what the schema lets through.
+
+    Raises:
+        InputError: a model was added to one place and not to the other.
+    """
+    for key, names, here, there in (
+        ("models", config["models"], MODELS, labels.MODELS),
+        (
+            "compositions.models",
+            config["compositions"]["models"],
+            COMPOSITION_MODELS,
+            labels.COMPOSITION_MODELS,
+        ),
+    ):
+        for name in names:
+            if name not in here or name not in there:
+                where = "config.py" if name not in here else "labels.py"
+                raise InputError(f"{key}: src/castbench/{where} does not know {name}; see CONTRIBUTING.md")
 
 
 def check_integers(config: Config) -> None:

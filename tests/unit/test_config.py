@@ -11,6 +11,7 @@ import yaml
 from castbench import config as meaning
 from castbench.errors import InputError
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, MATBENCH, MODELS, TARGET_ORDER, TARGETS
+from castbench.materials.records import LABELS
 
 
 @pytest.fixture
@@ -139,6 +140,9 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"materials": {"path": "my.jsonl"}}, "materials.source: demo"),
         ({"materials": {"columns": {"text": "t"}}}, "materials.source: demo"),
         ({"materials": {"source": "local"}}, "materials.path: names the bundled"),
+        ({"materials": {"source": "laboratory"}}, "materials.path: names the bundled"),
+        ({"models": ["gated"]}, "models: src/castbench/config.py does not know gated"),
+        ({"compositions": {"models": ["sets"]}}, "compositions.models: src/castbench/config.py does not"),
         ({"study": "compositions", "materials": {"sample": 10}}, "materials.sample"),
         (
             {"study": "compositions", "materials": {"filters": {"max_energy_above_hull": 0.05}}},
@@ -178,6 +182,20 @@ def test_structure_encoders_have_the_same_names_everywhere(schema: dict, config:
     assert set(names) <= config["architecture"].keys()
 
 
+def test_what_is_known_in_one_place_only_is_named(config: dict, monkeypatch):
+    monkeypatch.setitem(meaning.MODELS, "gated", ("frozen", ("structure", "concat"), None))
+    with pytest.raises(InputError, match=r"models: src/castbench/labels.py does not know gated"):
+        meaning.check(config | {"models": ["gated"]})
+
+
+def test_widths_of_a_fusion_that_is_not_trained_do_not_matter(config: dict):
+    meaning.check(merged(config, {"architecture": {"cogn": {"width": 16}}}) | {"models": ["structure_only"]})
+
+
+def test_every_targets_values_stand_in_a_column_that_is_read():
+    assert {TARGETS[name].column for name in TARGET_ORDER} <= set(LABELS)
+
+
 def test_names_agree_everywhere(schema: dict):
     from castbench.models import REGISTRY
 
@@ -207,10 +225,7 @@ def test_names_of_the_composition_study_agree_everywhere(schema: dict):
     [
         ({"crabnet": {"layers": 1}}, {"crabnet"}),
         ({"random_forest": {"trees": 9}}, {"random_forest"}),
-        (
-            {"training": {"epochs": 9}},
-            {"crabnet", "edm_cross_entropy", "edm_alpha_report", "edm_transformer"},
-        ),
+        ({"training": {"epochs": 9}}, {n for n, (_, loss) in meaning.COMPOSITION_MODELS.items() if loss}),
         ({"screening": {"top": 9}}, set()),
     ],
 )

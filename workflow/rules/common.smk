@@ -160,6 +160,10 @@ if "cast" in PROBED:
     PROBED.append("masked_node")
 # Whether the attention of CAST is shown with and without pretraining.
 CAST_COMPARED = {"cast", "cast_scratch"} <= set(config["models"])
+# (model of the composition study, whether it is a network)
+COMPOSITION_NETWORKS = [
+    (name, bool(loss)) for name, (_, loss) in meaning.COMPOSITION_MODELS.items()
+]
 # The crystal of the text encoder's attention: a file to describe, or an id of the data set.
 TEXT_FILE = Path(config["attention"]["text"])
 if not TEXT_FILE.suffix:
@@ -172,12 +176,12 @@ wildcard_constraints:
     target="|".join(map(re.escape, TARGETS)),
     task="|".join(config["targets"]),
     model="|".join(config["models"]),
-    objective="masked_node|contrastive",
+    objective="|".join(meaning.OBJECTIVES),
     shard=r"\d+",
     remaining=r"\d+",
     seed=r"\d+",
-    baseline="baseline|random_forest",
-    network="crabnet|edm_[a-z_]+",
+    baseline="|".join(name for name, trained in COMPOSITION_NETWORKS if not trained),
+    network="|".join(name for name, trained in COMPOSITION_NETWORKS if trained),
 
 
 def settings(*keys):

@@ -17,9 +17,8 @@ localrules:
     render_composition_report,
 
 
-# The same formulas are for testing in both kinds of models; render_report is the other study's.
+# The same formulas are for testing in both kinds of models.
 ruleorder: split_structures > split_materials
-ruleorder: render_composition_report > render_report
 
 
 rule collect_compositions:

@@ -19,10 +19,6 @@ localrules:
     render_matbench_report,
 
 
-# The other study's; neither its tables nor its figures are made here.
-ruleorder: render_matbench_report > render_report
-
-
 rule fetch_matbench:
     """Download the published file of a task, and verify it."""
     output:

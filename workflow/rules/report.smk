@@ -10,7 +10,6 @@ localrules:
     plot_results,
     plot_attention,
     plot_evidence,
-    render_report,
     archive_results,
     predict_cost,
 
@@ -138,31 +137,37 @@ rule plot_evidence:
         " --output results/{wildcards.dataset}/figures --log {log}"
 
 
-rule render_report:
-    """One self-contained file with everything."""
-    input:
-        figures,
-        shown_attention,
-        expand("results/{{dataset}}/tables/{name}", name=TABLES),
-        materials=ancient("results/{dataset}/materials.parquet"),
-        manifest="results/{dataset}/materials/manifest.json",
-        funnel="results/{dataset}/funnel.json",
-        descriptions="results/{dataset}/descriptions.json",
-        graphs="results/{dataset}/graphs/manifest.json",
-        tokens="results/{dataset}/tokens/manifest.json",
-        splits=SPLITS,
-        deviations="workflow/resources/deviations.yaml",
-    output:
-        "results/{dataset}/report.html",
-    log:
-        "results/{dataset}/logs/render_report.log",
-    conda:
-        "../../envs/report.yaml"
-    params:
-        settings=json.dumps(config, sort_keys=True),
-    shell:
-        "python -m castbench render_report --settings {params.settings:q} --results results/{wildcards.dataset}"
-        " --output {output} --log {log}"
+# The other studies have reports of their own.
+if config["study"] == "cast":
+
+    localrules:
+        render_report,
+
+    rule render_report:
+        """One self-contained file with everything."""
+        input:
+            figures,
+            shown_attention,
+            expand("results/{{dataset}}/tables/{name}", name=TABLES),
+            materials=ancient("results/{dataset}/materials.parquet"),
+            manifest="results/{dataset}/materials/manifest.json",
+            funnel="results/{dataset}/funnel.json",
+            descriptions="results/{dataset}/descriptions.json",
+            graphs="results/{dataset}/graphs/manifest.json",
+            tokens="results/{dataset}/tokens/manifest.json",
+            splits=SPLITS,
+            deviations="workflow/resources/deviations.yaml",
+        output:
+            "results/{dataset}/report.html",
+        log:
+            "results/{dataset}/logs/render_report.log",
+        conda:
+            "../../envs/report.yaml"
+        params:
+            settings=json.dumps(config, sort_keys=True),
+        shell:
+            "python -m castbench render_report --settings {params.settings:q} --results results/{wildcards.dataset}"
+            " --output {output} --log {log}"
 
 
 rule archive_results:

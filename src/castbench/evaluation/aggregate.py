@@ -40,6 +40,7 @@ COMPARISONS = (
     ("crysmmnet_frozen", "structure_only"),
     ("multimat", "structure_only"),
 )
+PAPER = {"text_only", *itertools.chain(*COMPARISONS)}  # its models
 
 
 def aggregate_runs(settings: dict[str, Any], results: Path, output: Path) -> None:
@@ -238,8 +239,14 @@ def paired_errors(
     return first - second.reindex(first.index), len(common)
 
 
+def compared_pairs(models: list[str]) -> list[tuple[str, str]]:
+    """The paper's, and each model that it has not, minus the structure encoder alone and minus CAST."""
+    new = [model for model in models if model not in PAPER]
+    return [*COMPARISONS, *itertools.product(new, ("structure_only", "cast"))]
+
+
 def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of test error that the paper argues from, with 95 % bootstrap intervals.
+    """Paired differences of test error, see `compared_pairs`, with 95 % bootstrap intervals.
 
     Columns: target, unit, model, minus (the other one), difference, low, high (none for fewer than five test
     crystals), n (crystals), seeds (that both finished; see `paired_errors`).
@@ -247,7 +254,7 @@ def comparisons(results: Path, settings: dict[str, Any], runs: pd.DataFrame) -> 
     text = runs.dropna(subset="text").groupby("model")["text"].first()
     rows = []
     for target in ordered_targets(settings):
-        for model, other in COMPARISONS:
+        for model, other in compared_pairs(settings["models"]):
             unlike = f"crysmmnet_{'frozen' if text.get(model) == 'lora' else 'lora'}"
             if model in ("cast", "cast_scratch") and other == unlike:
                 continue

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from castbench import config
 from castbench.compositions.targets import threshold_text
 from castbench.evaluation.aggregate import RESOURCES, read_json
 from castbench.evaluation.statistics import SPLITS
@@ -270,7 +271,7 @@ def _parity(settings: dict[str, Any], results: Path, path: Path) -> None:
 
 
 def _curves(settings: dict[str, Any], results: Path, path: Path) -> None:
-    models = [m for m in settings["models"] if m == "crabnet" or m in LOSSES]
+    models = [m for m in settings["models"] if config.COMPOSITION_MODELS[m][1]]
     with drawing(settings, path) as made:
         figure, axes = panels(len(models), 4, (2.8, 2.4))
         made.append(figure)

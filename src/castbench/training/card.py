@@ -126,8 +126,9 @@ def header(record: dict[str, Any], name: str, found: list[Score]) -> dict[str, A
         "library_name": "castbench",
         "tags": ["castbench", "materials-science", "formulas" if is_composition(record) else "crystals"],
     }
-    if record.get("text_encoder"):
-        content["base_model"] = record["text_encoder"]["id"]
+    encoder = record.get("text_encoder")
+    if encoder and "/" in encoder["id"]:  # an id on the Hub; of a folder the record has the name alone
+        content["base_model"] = encoder["id"]
     results = []
     for what in dict.fromkeys(score.what for score in found if score.part == "test"):
         chosen = [score for score in found if (score.part, score.what) == ("test", what)]

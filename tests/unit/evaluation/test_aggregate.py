@@ -6,7 +6,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from castbench.evaluation.aggregate import RESOURCES, WORKFLOW, aggregate_runs, is_paper_setting
+from castbench import config
+from castbench.evaluation.aggregate import (
+    COMPARISONS,
+    RESOURCES,
+    WORKFLOW,
+    aggregate_runs,
+    compared_pairs,
+    is_paper_setting,
+)
 from castbench.provenance import write_json
 from castbench.report.html import comparison_rows
 from synthetic_results import SETTINGS, write_results
@@ -38,6 +46,21 @@ def test_table1_gives_mean_and_sample_std_over_seeds_with_units(results):
     assert table.loc["cast", "Band gap n test"] == 18
     assert table.loc["cast", "Band gap rank"] == 1
     assert table.loc["cast_scratch", "Band gap rank"] == 2
+
+
+def test_a_model_that_the_paper_lacks_is_compared(results, monkeypatch):
+    monkeypatch.setitem(config.MODELS, "gated", ("none", ("structure",), None))
+    assert compared_pairs([*SETTINGS["models"], "text_only"]) == list(COMPARISONS)
+    assert compared_pairs(["gated"])[-2:] == [("gated", "structure_only"), ("gated", "cast")]
+    for target in SETTINGS["targets"]:
+        shutil.copytree(results / "runs" / target / "cast_scratch", results / "runs" / target / "gated")
+        for seed in SETTINGS["seeds"]:
+            record = results / "runs" / target / "gated" / str(seed) / "metrics.json"
+            write_json(record, json.loads(record.read_text()) | {"model": "gated"})
+    settings = SETTINGS | {"models": [*SETTINGS["models"], "gated"]}
+    table = pd.read_csv(aggregate(results, settings) / "comparisons.csv")
+    found = table[(table["model"] == "gated") & (table["minus"] == "cast")]
+    assert list(found["difference"]) == pytest.approx([0.1] * 3, abs=1e-6)
 
 
 def test_markdown_and_latex_mark_best_and_second_and_say_reference_only(results):

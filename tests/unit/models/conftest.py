@@ -10,6 +10,7 @@ from torch.nn import functional
 from castbench.models.batch import Batch
 from castbench.provenance import sha256_file, write_json
 from castbench.text.encoders import LayeredEncoder
+from model_batches import SMALL_ENCODERS
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 60
 ARCHITECTURE = {
@@ -25,14 +26,6 @@ ARCHITECTURE = {
         "feedforward": 32,
         "dropout": 0.0,
     },
-}
-
-
-SMALL_ENCODERS = {  # instead of coGN
-    "congn": {"width": 16, "depth": 2},
-    "alignn": {"width": 16, "embedding": 8, "alignn_layers": 2, "gcn_layers": 2},
-    "cgcnn": {"width": 12, "layers": 2, "hidden": 20},
-    "megnet": {"width": 12, "hidden": 16, "blocks": 2, "vector": 8, "passes": 3},
 }
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from castbench.config import MODELS
 from castbench.models import build_model
 from castbench.models.text import TextEncoder
 from castbench.text.encoders import LayeredEncoder
 from model_batches import join, only
 
-FROM_IDS = ("text_only", "crysmmnet_frozen", "crysmmnet_lora", "cast", "cast-lora")
+FROM_IDS = (*(name for name, (text, *_) in MODELS.items() if text != "none"), "cast-lora")
 CACHED = ("text_only", "crysmmnet_lora", "cast", "cast-lora")
 
 
@@ -52,7 +53,7 @@ def test_rows_sum_to_one_over_real_tokens_and_padding_gets_nothing(network, crys
             assert not rows[..., n_tokens:].any() and rows.min() >= 0
 
 
-@pytest.mark.parametrize("name", ["crysmmnet_frozen", "crysmmnet_lora", "text_only", "cast", "cast-lora"])
+@pytest.mark.parametrize("name", FROM_IDS)
 def test_from_token_ids_a_model_predicts_what_it_does_from_cached_states(
     name, architecture, encoder, crystals
 ):

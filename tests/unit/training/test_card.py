@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from castbench.deviations import deviations
-from castbench.training.card import model_card
+from castbench.training.card import header, model_card
 from composition_data import aggregated, composition_settings, rows, split
 from training_jobs import run_job, words
 
@@ -24,10 +24,16 @@ def run(data, output: Path, **training: Any) -> Path:
     return output / "0"
 
 
+def test_an_encoder_of_a_folder_is_no_base_model_of_the_hub():
+    record = {"dataset": "mine", "text_encoder": {"id": "bert", "revision": "local"}}
+    assert "base_model" not in header(record, "mine", [])
+    assert header(record | {"text_encoder": {"id": "a/bert"}}, "mine", [])["base_model"] == "a/bert"
+
+
 def test_a_finished_run_has_its_scores_with_units(data, tmp_path):
     head, body, record = read(run(data, tmp_path, epochs=1))
     assert head["library_name"] == "castbench" and "crystals" in head["tags"] and "license" not in head
-    assert head["base_model"] == record["text_encoder"]["id"]
+    assert "base_model" not in head and record["text_encoder"]["id"] == "bert"
     (result,) = head["model-index"][0]["results"]
     assert result["dataset"]["name"] == "invented" and result["task"]["name"] == "total_energy"
     by_type = {metric["type"]: metric for metric in result["metrics"]}
