@@ -70,15 +70,18 @@ def take(cards: list[str], n: int) -> list[str]:
     return list(held)
 
 
-def choose_device(name: str, count: int = 1) -> "torch.device":
+def choose_device(name: str, count: int = 1, started: bool = False) -> "torch.device":
     """The device of a name (cpu, cuda or auto: a GPU where there is one), on cards taken by `take_cards`.
+
+    Processes that a scheduler has `started` on a node see the same cards, and none takes any from the others.
 
     Raises:
         InputError: a GPU is asked for, or several, and there are not so many.
     """
     import torch
 
-    take_cards(name, count)
+    if not started:
+        take_cards(name, count)
     found = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "cuda" and not found:
         raise InputError(

@@ -32,13 +32,16 @@ def stage_cache(folder: Path) -> Path:
     copy = root / f"{folder.name}-{sha256_file(manifest)[:16]}"
     handle = os.open(copy.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     while True:  # readers share the lock, who copies or removes holds it alone
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        try:  # without waiting for readers, who share it to their end
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (copy / "manifest.json").is_file() and not _copy(folder, copy):
+                os.close(handle)
+                return folder
+        except BlockingIOError:
+            pass
+        fcntl.flock(handle, fcntl.LOCK_SH)  # waits for who copies
         if (copy / "manifest.json").is_file():
             break
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if not (copy / "manifest.json").is_file() and not _copy(folder, copy):
-            os.close(handle)
-            return folder
     atexit.register(_release, copy, handle)
     return copy
 

@@ -100,6 +100,14 @@ def test_processes_of_a_launcher_do_not_wait_for_each_other(monkeypatch: pytest.
     assert os.environ[cards.VISIBLE] == "0,1"
 
 
+def test_tasks_that_srun_started_on_a_node_of_more_cards_take_none_from_each_other(monkeypatch):
+    for name, value in {cards.VISIBLE: "0,1,2", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cards, "take", lambda *_: pytest.fail("it chose"))
+    cards.choose_device("auto", 2, started=True)
+    assert os.environ[cards.VISIBLE] == "0,1,2"
+
+
 def test_without_the_variable_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -1,10 +1,14 @@
 """One copy of a cache a node, shared by its jobs, and none where it does not fit."""
 
+import fcntl
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -37,6 +41,26 @@ def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
         [sys.executable, "-c", JOB, str(cache)], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+
+
+def test_who_came_while_another_copied_reads_that_copy(tmp_path: Path, cache: Path, monkeypatch):
+    """Both have seen that there is none; the other was quicker, and shares the lock to its end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flock, other, found = fcntl.flock, [], []
+
+    def late(handle: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not other:
+            (lock,) = tmp_path.glob("*/*.lock")
+            shutil.copytree(cache, lock.with_suffix(""))
+            other.append(os.open(lock, os.O_RDWR))
+            flock(other[0], fcntl.LOCK_SH)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    thread = threading.Thread(target=lambda: found.append(staging.stage_cache(cache)), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert other and found and found[0] != cache
 
 
 def test_jobs_of_a_node_share_a_copy_and_the_last_one_removes_it(tmp_path: Path, cache: Path):

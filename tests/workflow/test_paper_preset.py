@@ -100,7 +100,7 @@ def test_a_training_on_several_gpus_and_nodes_asks_for_all_of_them(bare: Path, s
         # Started once, on the first node, four processes and cards on each.
         several = ("mpi=srun", "tasks_per_node=4", "cpus_per_task=1", "gres=gpu:4")
         assert all(word in found for word in several for found in resources)
-    launcher = "srun --overlap --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "
+    launcher = "srun --overlap --kill-on-bad-exit=1 --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "
     assert f"{launcher}python -m castbench train_model" in ended.stdout
     (states,) = re.findall(r"^rule embed_text:\n(?:    .*\n)*?    resources: (.*)$", ended.stdout, re.M)
     assert "gpu=1" in states

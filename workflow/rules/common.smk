@@ -141,7 +141,10 @@ if workflow.is_main_process and TRAINING_GPUS > CARDS:
 DEVICES, THREADS = config["training"]["devices"], config["training"]["threads"]
 LAUNCHER, SEVERAL_NODES = "", {}
 if NODES > 1:
-    LAUNCHER = f"srun --overlap --nodes={NODES} --ntasks-per-node={DEVICES} --cpus-per-task={THREADS} "
+    LAUNCHER = (
+        f"srun --overlap --kill-on-bad-exit=1 --nodes={NODES} --ntasks-per-node={DEVICES}"
+        f" --cpus-per-task={THREADS} "
+    )
     # Slurm's executor starts such a job once, on its first node, and the job starts its processes.
     SEVERAL_NODES = {"mpi": "srun", "tasks_per_gpu": 0, "cpus_per_task": THREADS}
     SEVERAL_NODES |= {"tasks_per_node": DEVICES} if DEVICES > 1 else {"tasks": NODES}

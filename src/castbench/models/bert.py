@@ -71,6 +71,8 @@ def compiled_layer(*arguments: Any) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    # Else it cuts layers inside DDP by the size of parameters' storage, which is that of all (FlatAdamW).
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(fused_layer)  # not before it is needed: it imports the compiler, which takes seconds
 
 

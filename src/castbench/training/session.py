@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from lightning_fabric.plugins.environments import (
 )
 from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from castbench.cards import choose_device
 from castbench.errors import InputError
 from castbench.provenance import hardware, package_versions, peak_rss, sha256_json
+from castbench.training.share import added_in_order
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ PACKAGES = (
     "ElementEmbeddings",
 )
 
+FIRST = "CASTBENCH_FIRST"  # the process that started those that train with it, for these
 ONE_DEVICE = {"devices": 1, "num_nodes": 1}  # settings of what does not train
 
 
@@ -66,22 +72,50 @@ def open_session(training: dict[str, Any], threads: int) -> Fabric:
         raise InputError(
             f"training.num_nodes: {nodes}, but nothing started a process on each; use srun or torchrun"
         )
-    device = choose_device(training["device"], devices).type
+    device = choose_device(training["device"], devices, started=nodes > 1).type
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with it, and writes every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     choice: dict[str, Any] = {"devices": devices, "num_nodes": nodes}
     if devices * nodes > 1:
-        choice["strategy"] = DDPStrategy(broadcast_buffers=False)  # no model has one that changes
+        choice["strategy"] = InOrder(broadcast_buffers=False)  # those that change do so alike everywhere
     # One node is one task, also in a Slurm job, which knows of one.
     own = [LightningEnvironment()] if nodes == 1 else []
     fabric = make_fabric(device, training["precision"], *own, **choice)
     if devices * nodes > 1:
+        first = int(os.environ.setdefault(FIRST, str(os.getpid())))
+        if first != os.getpid():
+            end_with(first)
         fabric.launch()
         log.info("%d processes train together", fabric.world_size)
     torch.set_num_threads(wanted)
     return fabric
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent` has, which started it and for which it may wait for half an hour."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class InOrder(DDPStrategy):
+    """DDP whose processes' gradients are added up in an order that a resumed run has too, on a CPU."""
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """The module in DDP, which begins with the first process's weights."""
+        if self.root_device.type == "cuda":
+            torch.cuda.synchronize(self.root_device)  # DDP reads them on a stream of its own
+        wrapped = super().setup_module(module)
+        if self.root_device.type == "cpu":
+            # A lambda: DDP refuses annotations that are strings.
+            wrapped.register_comm_hook(None, lambda _, bucket: added_in_order(bucket))
+        return wrapped
 
 
 class Mixed(MixedPrecision):

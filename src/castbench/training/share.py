@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, distributed
+import torch
+from torch import Tensor, distributed, futures
 
 from castbench.errors import InputError
 
@@ -62,3 +63,20 @@ class Share:
         if self.processes > 1:
             distributed.all_reduce(values)
         return values
+
+
+def added_in_order(bucket: Any) -> futures.Future[Tensor]:
+    """The mean of the processes' gradients in a bucket of DDP, added up in the order of the processes.
+
+    Gloo's own order depends on the place in the bucket, and the places on whether the session had a step
+    before: a resumed run's first step would have other bits.
+    """
+    own = bucket.buffer()
+    every = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(every, own)
+    total = every[0]
+    for values in every[1:]:
+        total += values
+    found: futures.Future[Tensor] = futures.Future()
+    found.set_result(total.div_(len(every)))
+    return found

@@ -93,16 +93,19 @@ def test_two_processes_train_compositions_with_the_losses_of_one(tmp_path):
     assert not (tmp_path / "writes nothing").exists()
 
 
-def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_unbroken_run(data, tmp_path):
-    """The signal comes to the second process, which writes nothing; dropout is on."""
-    command = data.train("cast_scratch", tmp_path / "b", **TWO)
-    assert run_together([data.train("cast_scratch", tmp_path / "a", **TWO)] * 2) == [0, 0]
-    assert run_together([command] * 2, stop=3, number=signal.SIGTERM) == [143, 143]
+def test_stopped_and_killed_processes_end_with_the_bytes_of_an_unbroken_run(data, tmp_path):
+    """The signal comes to the last process, which writes nothing; dropout is on.
+
+    Of three processes: the sum of two gradients has the same bits in any order.
+    """
+    command, unbroken = (data.train("cast_scratch", tmp_path / name, devices=3) for name in ("b", "a"))
+    assert run_together([unbroken] * 3) == [0] * 3
+    assert run_together([command] * 3, stop=3, number=signal.SIGTERM) == [143] * 3
     checkpoints = (tmp_path / "b" / "checkpoints" / "0").glob("*.safetensors")
     assert [path.name.split("-")[1] for path in checkpoints] == ["000000003"]
-    first, second = run_together([command] * 2, interval=0, stop=4)
-    assert first != 0 and second == -signal.SIGKILL
-    assert run_together([command] * 2) == [0, 0]
+    *others, last = run_together([command] * 3, interval=0, stop=4)
+    assert 0 not in others and last == -signal.SIGKILL
+    assert run_together([command] * 3) == [0] * 3
     assert bytes_of(tmp_path / "b" / "0") == bytes_of(tmp_path / "a" / "0")
 
 
@@ -141,6 +144,21 @@ def test_processes_of_two_nodes_that_srun_started_train_together(data, tmp_path)
     assert run_together(commands, slurm=True) == [0, 0]
     compare(tmp_path / "two" / "0", tmp_path / "one" / "0")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    """Else it would wait for it at the rendezvous for half an hour."""
+    child = "import os, time; from castbench.training.session import end_with; print('up', flush=True); "
+    child += "end_with(os.getppid()); time.sleep(20); print('late')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout and first.stdout.readline() == "up\n"
+    first.kill()
+    assert first.stdout.read() == ""  # to its end, which is the child's
+    first.wait()
 
 
 def test_several_nodes_without_a_scheduler_are_refused():
