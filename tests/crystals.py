@@ -2,10 +2,23 @@
 
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 from hypothesis import assume
 from pymatgen.core import Lattice, Structure
+
+from castbench.graphs.crystal_graph import CrystalGraph
+from castbench.graphs.kinds import structure_graph
+
+COGN = {"structure_encoder": "cogn", "neighbours": 24, "symprec": 1e-4}
+
+
+def cogn_graph(
+    lattice: np.ndarray, positions: np.ndarray, atomic_numbers: np.ndarray, **settings: Any
+) -> CrystalGraph:
+    """coGN's graph as published."""
+    return structure_graph(lattice, positions, atomic_numbers, COGN | settings)
 
 
 @functools.cache

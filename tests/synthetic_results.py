@@ -8,14 +8,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from castbench.labels import MODEL_ORDER, TARGETS
+from castbench.labels import MODELS, TARGETS
+from castbench.materials.splits import write_split
 from castbench.provenance import write_json
 
 SETTINGS = {
     "dataset": "invented",
     "source": "demo",
     "targets": ["total_energy", "band_gap", "log_shear_modulus"],
-    "models": list(MODEL_ORDER),
+    "models": list(MODELS),
     "seeds": [0, 1],
     "structure_encoder": "cogn",
     "text_encoder": "minilm",
@@ -75,10 +76,7 @@ def write_dataset(folder: Path, targets: list[str]) -> None:
         ]
         funnel["targets"][target] = {"steps": steps, "n": len(chosen)}
         lists = {s: [ids[i] for i in chosen if split_of(i) == s] for s in ("train", "validation", "test")}
-        write_json(
-            folder / "splits" / f"{target}.json",
-            {"target": target, "status": "ok", "reason": None, "seed": 0, "checksum": "0" * 64, **lists},
-        )
+        write_split(folder / "splits" / f"{target}.json", {"target": target, "seed": 0}, lists)
     write_json(folder / "funnel.json", funnel)
     for part in ("graphs", "tokens"):
         (folder / part).mkdir(exist_ok=True)

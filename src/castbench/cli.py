@@ -68,8 +68,8 @@ log = logging.getLogger("castbench")
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object given on the command line, or in a file when it starts with @."""
-    content = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    """Parse a JSON object given on the command line."""
+    content = json.loads(text)
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError("expected a JSON object")
     return content

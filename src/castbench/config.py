@@ -53,10 +53,6 @@ COMPOSITION_MODELS: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 
 
-def _text(choice: str, config: Config) -> str:
-    return config["architecture"]["cross_attention"]["text"] if choice == "choice" else choice
-
-
 def check(config: Config) -> None:
     """Check what the schema cannot express.
 
@@ -270,7 +266,8 @@ def composition_source(config: Config) -> Config:
 
 def text_mode(name: str, config: Config) -> str:
     """How a model or a pretraining objective reads text: none, frozen or lora."""
-    return _text(OBJECTIVES[name][1] if name in OBJECTIVES else MODELS[name][0], config)
+    mode = OBJECTIVES[name][1] if name in OBJECTIVES else MODELS[name][0]
+    return config["architecture"]["cross_attention"]["text"] if mode == "choice" else mode
 
 
 def objective(model: str) -> str | None:

@@ -14,7 +14,6 @@ class Target:
     name: str
     label: str
     unit: str
-    symbol: str
     column: str
     transform: Literal["identity", "log10"] = "identity"
     task: Literal["regression", "classification"] = "regression"
@@ -45,30 +44,26 @@ def by_name(*named: Named) -> dict[str, Named]:
 
 
 TARGETS = by_name(
-    Target("total_energy", "Total energy", "eV/atom", "E", "energy_per_atom"),
-    Target("formation_energy", "Formation energy", "eV/atom", "E_f", "formation_energy_per_atom"),
-    Target("band_gap", "Band gap", "eV", "E_g", "band_gap"),
-    Target("energy_above_hull", "Energy above hull", "eV/atom", "E_hull", "energy_above_hull"),
-    Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "log G", "g_vrh", "log10"),
-    Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "log K", "k_vrh", "log10"),
+    Target("total_energy", "Total energy", "eV/atom", "energy_per_atom"),
+    Target("formation_energy", "Formation energy", "eV/atom", "formation_energy_per_atom"),
+    Target("band_gap", "Band gap", "eV", "band_gap"),
+    Target("energy_above_hull", "Energy above hull", "eV/atom", "energy_above_hull"),
+    Target("log_shear_modulus", "log10 shear modulus", "log10 GPa", "g_vrh", "log10"),
+    Target("log_bulk_modulus", "log10 bulk modulus", "log10 GPa", "k_vrh", "log10"),
 )
 TARGET_ORDER = tuple(TARGETS)
 
 # The tasks of Matbench v0.1 (Dunn et al. 2020) whose input is a structure; the values are in the task's unit.
 MATBENCH = by_name(
-    Target("matbench_jdft2d", "Exfoliation energy", "meV/atom", "E_exf", "matbench_jdft2d"),
-    Target("matbench_phonons", "Last phonon peak", "1/cm", "ω", "matbench_phonons"),
-    Target("matbench_dielectric", "Refractive index", "unitless", "n", "matbench_dielectric"),
-    Target("matbench_log_gvrh", "log10 shear modulus", "log10 GPa", "log G", "matbench_log_gvrh"),
-    Target("matbench_log_kvrh", "log10 bulk modulus", "log10 GPa", "log K", "matbench_log_kvrh"),
-    Target(
-        "matbench_perovskites", "Perovskite formation energy", "eV/unit cell", "E_f", "matbench_perovskites"
-    ),
-    Target("matbench_mp_gap", "Band gap", "eV", "E_g", "matbench_mp_gap"),
-    Target(
-        "matbench_mp_is_metal", "Metal", "probability", "metal", "matbench_mp_is_metal", task="classification"
-    ),
-    Target("matbench_mp_e_form", "Formation energy", "eV/atom", "E_f", "matbench_mp_e_form"),
+    Target("matbench_jdft2d", "Exfoliation energy", "meV/atom", "matbench_jdft2d"),
+    Target("matbench_phonons", "Last phonon peak", "1/cm", "matbench_phonons"),
+    Target("matbench_dielectric", "Refractive index", "unitless", "matbench_dielectric"),
+    Target("matbench_log_gvrh", "log10 shear modulus", "log10 GPa", "matbench_log_gvrh"),
+    Target("matbench_log_kvrh", "log10 bulk modulus", "log10 GPa", "matbench_log_kvrh"),
+    Target("matbench_perovskites", "Perovskite formation energy", "eV/unit cell", "matbench_perovskites"),
+    Target("matbench_mp_gap", "Band gap", "eV", "matbench_mp_gap"),
+    Target("matbench_mp_is_metal", "Metal", "probability", "matbench_mp_is_metal", task="classification"),
+    Target("matbench_mp_e_form", "Formation energy", "eV/atom", "matbench_mp_e_form"),
 )
 FOLDS = 5
 
@@ -96,7 +91,6 @@ MODELS = by_name(
     Model("cast_scratch", "CAST (no pretraining)", "#CC79A7", "graph + text", "Lee et al. 2025"),
     Model("cast", "CAST", "#D55E00", "graph + text", "Lee et al. 2025"),
 )
-MODEL_ORDER = tuple(MODELS)
 # structure encoder: (label, source)
 STRUCTURE_ENCODERS = {
     "cogn": ("coGN", "Ruff et al. 2024"),

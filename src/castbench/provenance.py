@@ -155,8 +155,6 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, its core count, memory (GB), and the GPUs if torch is loaded and sees any."""
-    import sys
-
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from castbench.graphs.build import CHUNK  # noqa: E402
 from castbench.graphs.crystal_graph import CrystalGraph  # noqa: E402
-from castbench.graphs.neighbours import crystal_graph  # noqa: E402
 from castbench.graphs.packed import EDGE_ARRAYS, NODE_ARRAYS  # noqa: E402
+from crystals import cogn_graph  # noqa: E402
 from mp_server import DEMO, read_crystals  # noqa: E402
 
 KEPT = NODE_ARRAYS | EDGE_ARRAYS
@@ -50,7 +50,7 @@ def crystals(name: str, n: int) -> list[Structure]:
 
 def ours(structure: Structure) -> CrystalGraph:
     """The graph from plain arrays, as they come out of materials.parquet."""
-    return crystal_graph(
+    return cogn_graph(
         structure.lattice.matrix,
         structure.frac_coords,
         np.array([Element(s.name).Z for s in structure.species]),

@@ -56,10 +56,10 @@ from castbench.models.base import Network  # noqa: E402
 from castbench.models.cogn import CUTOFF, N_BASIS  # noqa: E402
 from castbench.models.elements import N_ELEMENTS, element_facts  # noqa: E402
 from castbench.models.heads import Regression, dense  # noqa: E402
+from castbench.packed import write_manifest  # noqa: E402
 from castbench.provenance import sha256_file  # noqa: E402
 from castbench.text import read_encoder  # noqa: E402
 from castbench.text.encoders import prefetch_encoder  # noqa: E402
-from castbench.text.packed import write_manifest  # noqa: E402
 from castbench.text.tokens import PackedTokens, tokenize_text  # noqa: E402
 from castbench.training import objectives  # noqa: E402
 from castbench.training.dataset import Crystals  # noqa: E402
@@ -102,8 +102,8 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
     """
     from pymatgen.core import Element  # not needed where inputs are only read, as are the next
 
-    from castbench.graphs.neighbours import crystal_graph
     from castbench.text import robocrystallographer
+    from crystals import cogn_graph
     from real_crystals import sample
 
     robocrystallographer.prepare()
@@ -112,7 +112,7 @@ def write_crystals(name: str, n: int, folder: Path) -> None:
         structure, text = crystal["structure"], crystal["description"]
         lattice, positions = (np.reshape(structure[key], (-1, 3)) for key in ("lattice", "frac_coords"))
         elements = np.array([Element(symbol).Z for symbol in structure["species"]])
-        graphs.append(crystal_graph(lattice, positions, elements))
+        graphs.append(cogn_graph(lattice, positions, elements))
         if text is None:
             with suppress(Exception):  # it has no text for a few
                 text = robocrystallographer.describe(structure)
@@ -305,7 +305,7 @@ def write_text(folder: Path, encoder: Path) -> None:
     np.save(folder / "states" / "states.npy", bits)
     content = {"layer": described["layers"], "hidden_size": described["hidden_size"], "n_tokens": n}
     content["tokens"] = sha256_file(folder / "tokens" / "manifest.json")
-    write_manifest(folder / "states", content, ["states.npy"])
+    write_manifest(folder / "states", "embed_text", content, ["states.npy"])
 
 
 def compare_cast(

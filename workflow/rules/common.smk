@@ -51,10 +51,11 @@ if DeploymentMethod.CONDA in deployment.deployment_method and not (
         " in the environment that `make venv` makes"
     )
 
+SEEDS, DEVICE = config["training"]["seeds"], config["training"]["device"]
+DEVICES, THREADS = config["training"]["devices"], config["training"]["threads"]
+NODES = config["training"]["num_nodes"]
 # No two jobs on one GPU, also without a profile; a profile or --resources gpu=N raises it.
-workflow.global_resources.setdefault(
-    "gpu", config["training"]["num_nodes"] * config["training"]["devices"]
-)
+workflow.global_resources.setdefault("gpu", NODES * DEVICES)
 
 RUN_FILES = [
     "metrics.json",
@@ -128,17 +129,15 @@ RETRIES = (
     if workflow.is_main_process
     else 0
 )
-GPUS = 0 if config["training"]["device"] == "cpu" else 1
+GPUS = 0 if DEVICE == "cpu" else 1
 # A training job may have several, over several nodes, where Slurm starts its processes.
-NODES = config["training"]["num_nodes"]
-TRAINING_GPUS = GPUS * NODES * config["training"]["devices"]
+TRAINING_GPUS = GPUS * NODES * DEVICES
 CARDS = workflow.global_resources["gpu"].value
 if workflow.is_main_process and TRAINING_GPUS > CARDS:
     raise WorkflowError(  # Snakemake would give the job fewer without a word
         f"training.devices, training.num_nodes: a training takes {TRAINING_GPUS} GPUs, and the resource gpu is"
         f" {CARDS}; raise it (--resources gpu={TRAINING_GPUS}, or in the profile)"
     )
-DEVICES, THREADS = config["training"]["devices"], config["training"]["threads"]
 LAUNCHER, SEVERAL_NODES = "", {}
 if NODES > 1:
     LAUNCHER = (
@@ -198,11 +197,6 @@ def settings(*keys):
     return json.dumps(found, sort_keys=True)
 
 
-def source_settings():
-    """What the source needs of the configuration, as one JSON object."""
-    return json.dumps(meaning.source_settings(config), sort_keys=True)
-
-
 def text_inputs(name, wildcards):
     """Caches of the text that a model or an objective reads."""
     if meaning.text_mode(name, config) == "none":
@@ -230,14 +224,9 @@ def model_inputs(wildcards):
             "results/{dataset}/pretrain/{objective}/{seed}/model.safetensors",
             dataset=wildcards.dataset,
             objective=objective,
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
         )
     return inputs
-
-
-def objective_inputs(wildcards):
-    """Caches that a pretraining reads."""
-    return text_inputs(wildcards.objective, wildcards)
 
 
 def states_option(name, wildcards):
@@ -259,7 +248,7 @@ def all_metrics(wildcards):
         dataset=config["dataset"],
         target=TARGETS,
         model=config["models"],
-        seed=config["training"]["seeds"],
+        seed=SEEDS,
     )
 
 
@@ -270,14 +259,14 @@ def all_pretraining_metrics(wildcards):
         "results/{dataset}/pretrain/{objective}/{seed}/metrics.json",
         dataset=wildcards.dataset,
         objective=sorted(objectives),
-        seed=config["training"]["seeds"],
+        seed=SEEDS,
     )
 
 
 def figures(wildcards):
     """Every figure of the report; those of attention where CAST is trained with and without pretraining."""
     names = [*DATASET_FIGURES, *RESULT_FIGURES]
-    if {"cast", "cast_scratch"} <= set(config["models"]):
+    if CAST_COMPARED:
         names += ATTENTION_FIGURES
     if PROBED:
         names += TEXT_FIGURES
@@ -321,7 +310,7 @@ def attention_inputs(wildcards):
         dataset=wildcards.dataset,
         target=config["attention"]["target"],
         model=["cast_scratch", "cast"],
-        seed=config["training"]["seeds"],
+        seed=SEEDS,
     )
     return inputs
 
@@ -332,7 +321,7 @@ def composition_metrics(wildcards):
         "results/{dataset}/composition_runs/{model}/{seed}/metrics.json",
         dataset=wildcards.dataset,
         model=config["compositions"]["models"],
-        seed=config["training"]["seeds"],
+        seed=SEEDS,
     )
 
 

@@ -123,7 +123,7 @@ rule fit_baseline:
     output:
         expand(
             "results/{{dataset}}/composition_runs/{{baseline}}/{seed}/{file}",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
             file=RUN_FILES,
         ),
     log:
@@ -134,7 +134,7 @@ rule fit_baseline:
         settings=lambda wildcards: json.dumps(
             meaning.composition_settings(wildcards.baseline, config)
         ),
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
     shell:
         "python -m castbench fit_baseline --settings {params.settings:q} --model {wildcards.baseline}"
         " --seeds {params.seeds} --compositions {input.compositions} --split {input.split}"
@@ -150,7 +150,7 @@ rule train_compositions:
     output:
         expand(
             "results/{{dataset}}/composition_runs/{{network}}/{seed}/{file}",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
             file=RUN_FILES,
         ),
     log:
@@ -158,7 +158,7 @@ rule train_compositions:
     retries: RETRIES
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"] * config["training"]["devices"]
+    threads: THREADS * DEVICES
     resources:
         **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
@@ -168,7 +168,7 @@ rule train_compositions:
         settings=lambda wildcards: json.dumps(
             meaning.composition_settings(wildcards.network, config)
         ),
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
     shell:
         "{params.launcher}python -m castbench train_compositions --settings {params.settings:q} --model {wildcards.network}"
         " --seeds {params.seeds} --compositions {input.compositions} --split {input.split} --threads {threads}"
@@ -180,7 +180,7 @@ rule explain_compositions:
     input:
         expand(
             "results/{{dataset}}/composition_runs/edm_transformer/{seed}/model.safetensors",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
         ),
     output:
         "results/{dataset}/attention/compositions.json",
@@ -193,7 +193,7 @@ rule explain_compositions:
             meaning.composition_settings("edm_transformer", config)
             | config["compositions"]["explain"]
         ),
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
     shell:
         "python -m castbench explain_compositions --settings {params.settings:q} --seeds {params.seeds}"
         " --runs results/{wildcards.dataset}/composition_runs/edm_transformer --output {output} --log {log}"
@@ -204,7 +204,7 @@ rule screen_compositions:
     input:
         expand(
             "results/{{dataset}}/composition_runs/edm_transformer/{seed}/{file}",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
             file=["metrics.json", "model.safetensors"],
         ),
         compositions="results/{dataset}/compositions.parquet",
@@ -222,7 +222,7 @@ rule screen_compositions:
         "results/{dataset}/logs/screen_compositions.log",
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"]
+    threads: THREADS
     resources:
         gpu=GPUS,
     params:
@@ -230,7 +230,7 @@ rule screen_compositions:
             meaning.composition_settings("edm_transformer", config)
             | {"screening": config["compositions"]["screening"]}
         ),
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
     shell:
         "python -m castbench screen_compositions --settings {params.settings:q} --seeds {params.seeds}"
         " --runs results/{wildcards.dataset}/composition_runs/edm_transformer --compositions {input.compositions}"

@@ -32,9 +32,9 @@ rule extract_attention:
     params:
         settings=settings("attention.target", "attention.material", "structure_encoder"),
         states=lambda wildcards: states_option("cast", wildcards),
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
         encoder=ENCODER,
-        device=config["training"]["device"],
+        device=DEVICE,
     shell:
         "python -m castbench extract_attention --settings {params.settings:q} --runs results/{wildcards.dataset}/runs"
         " --seeds {params.seeds} --materials {input.materials} --split {input.split}"
@@ -91,7 +91,7 @@ rule probe_text:
     input:
         lambda wildcards: expand(
             f"{probed_runs(wildcards)}/{{seed}}/model.safetensors",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
         ),
         materials=ancient("results/{dataset}/materials.parquet"),
         descriptions=ancient("results/{dataset}/descriptions.parquet"),
@@ -110,9 +110,9 @@ rule probe_text:
     params:
         settings=settings("attention.probes"),
         runs=probed_runs,
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
         encoder=lambda wildcards, input: str(Path(input.encoder).parent),
-        device=config["training"]["device"],
+        device=DEVICE,
     shell:
         "python -m castbench probe_text --settings {params.settings:q} --runs {params.runs} --seeds {params.seeds}"
         " --materials {input.materials} --split {input.split} --descriptions {input.descriptions} --graphs results/{wildcards.dataset}/graphs"

@@ -8,7 +8,7 @@ value), matbench/{model}/{seed}/results.json.gz, tables/, report.html.
 SUBMISSIONS = expand(
     "results/{{dataset}}/matbench/{model}/{seed}/results.json.gz",
     model=config["models"],
-    seed=config["training"]["seeds"],
+    seed=SEEDS,
 )
 
 

@@ -25,7 +25,7 @@ rule collect_materials:
     conda:
         "../../envs/data.yaml"
     params:
-        settings=source_settings(),
+        settings=json.dumps(meaning.source_settings(config), sort_keys=True),
     shell:
         "python -m castbench collect_materials --settings {params.settings:q} --output {output.materials}"
         " --manifest {output.manifest} --log {log}"

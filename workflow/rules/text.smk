@@ -98,7 +98,7 @@ rule embed_text:
         gpu=GPUS,
     params:
         encoder=lambda wildcards, input: str(Path(input.encoder).parent),
-        device=config["training"]["device"],
+        device=DEVICE,
     shell:
         "python -m castbench embed_text --tokens results/{wildcards.dataset}/tokens --encoder {params.encoder:q}"
         " --remaining {wildcards.remaining} --device {params.device}"

@@ -9,7 +9,7 @@ undeclared folders checkpoints/ beside them.
 rule pretrain_model:
     """Pretrain on the training crystals of all targets."""
     input:
-        unpack(objective_inputs),
+        unpack(lambda wildcards: text_inputs(wildcards.objective, wildcards)),
         graphs="results/{dataset}/graphs/manifest.json",
         splits=SPLITS,
     output:
@@ -24,7 +24,7 @@ rule pretrain_model:
     retries: RETRIES
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"] * config["training"]["devices"]
+    threads: THREADS * DEVICES
     resources:
         **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
@@ -54,7 +54,7 @@ rule train_model:
     output:
         expand(
             "results/{{dataset}}/runs/{{target}}/{{model}}/{seed}/{file}",
-            seed=config["training"]["seeds"],
+            seed=SEEDS,
             file=RUN_FILES,
         ),
     log:
@@ -64,7 +64,7 @@ rule train_model:
     retries: RETRIES
     conda:
         "../../envs/train.yaml"
-    threads: config["training"]["threads"] * config["training"]["devices"]
+    threads: THREADS * DEVICES
     resources:
         **SEVERAL_NODES,
         gpu=TRAINING_GPUS,
@@ -77,7 +77,7 @@ rule train_model:
         ),
         states=lambda wildcards: states_option(wildcards.model, wildcards),
         pretrained=pretrained_option,
-        seeds=config["training"]["seeds"],
+        seeds=SEEDS,
         encoder=ENCODER,
     shell:
         "{params.launcher}python -m castbench train_model --settings {params.settings:q} --model {wildcards.model}"

@@ -18,12 +18,12 @@ from lightning_fabric import Fabric
 from pymatgen.core import Composition, Element
 from safetensors.torch import load_file
 from scipy.stats import hypergeom
-from sklearn.metrics import roc_auc_score
 
 from castbench.compositions.descriptors import embedded_elements
 from castbench.compositions.enumerate import STEPS, Candidates, enumerate_candidates, known_elements
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_run
+from castbench.evaluation.classification import roc_auc
 from castbench.materials.splits import PARTS, load_split
 from castbench.models import build_composition_model
 from castbench.models.composition import Compositions
@@ -37,6 +37,7 @@ FRACTIONS = (0.2, 0.2, 0.6)  # of A, B and X
 CHUNK = 8192  # candidates predicted and written at once
 BATCH = 512
 SHARES = (0.01, 0.05, 0.10)  # of the list, for enrichment
+POINTS = 200  # of the curve of hits
 
 
 class Ensemble:
@@ -319,8 +320,8 @@ def validate_pool(pool: pd.DataFrame, seeds: list[int]) -> dict[str, Any]:
         order = np.argsort(-score, kind="stable")
         found[name] = {
             "enrichment": enrichment(hits[order]),
-            "roc_auc_pool": _area(hits, score),
-            "roc_auc_hidden": _area(hits[tested], score[tested]),
+            "roc_auc_pool": roc_auc(hits, score),
+            "roc_auc_hidden": roc_auc(hits[tested], score[tested]),
             "curve": curve(hits[order]),
         }
     return found
@@ -345,15 +346,11 @@ def enrichment(hits: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def curve(hits: np.ndarray, points: int = 200) -> dict[str, list[float]]:
-    """Share of the hits found against the share of the list looked at, at up to `points` places."""
+def curve(hits: np.ndarray) -> dict[str, list[float]]:
+    """Share of the hits found against the share of the list looked at, at up to `POINTS` places."""
     total = hits.sum()
     if not total:
         return {"looked_at": [], "found": []}
-    places = np.unique(np.linspace(0, len(hits), points + 1).astype(int))
+    places = np.unique(np.linspace(0, len(hits), POINTS + 1).astype(int))
     gained = np.concatenate([[0], np.cumsum(hits)])[places]
     return {"looked_at": (places / len(hits)).tolist(), "found": (gained / total).tolist()}
-
-
-def _area(hits: np.ndarray, score: np.ndarray) -> float | None:
-    return float(roc_auc_score(hits, score)) if 0 < hits.sum() < len(hits) else None

@@ -20,7 +20,7 @@ from castbench.evaluation.statistics import (
     site_groups,
     site_labels,
 )
-from castbench.labels import MODEL_ORDER, TARGET_ORDER, TARGETS
+from castbench.labels import COMPOSITION_ORDER, MODELS, TARGET_ORDER, TARGETS
 from castbench.provenance import atomic_path
 from castbench.report import tables
 
@@ -76,10 +76,20 @@ def ordered_targets(settings: dict[str, Any]) -> list[str]:
 
 
 def ordered_models(settings: dict[str, Any]) -> list[str]:
-    """The configured models in the paper's order, then those that it does not have."""
-    return sorted(
-        settings["models"], key=lambda m: MODEL_ORDER.index(m) if m in MODEL_ORDER else len(MODEL_ORDER)
-    )
+    """The configured models in the paper's order."""
+    return [model for model in MODELS if model in settings["models"]]
+
+
+def ordered_composition_models(settings: dict[str, Any]) -> list[str]:
+    """The models of the composition study that are trained, in its order."""
+    chosen = {*settings["models"], *settings["structure_models"]}
+    return [model for model in COMPOSITION_ORDER if model in chosen]
+
+
+def read_edm_report() -> dict[str, float]:
+    """The EDM report's own numbers by quantity."""
+    table = pd.read_csv(RESOURCES / "paper" / "edm_report.csv")
+    return dict(zip(table["quantity"], table["value"], strict=True))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def extract_attention(
     chosen = choose_device(device)
     target, record = settings["target"], load_split(split)
     finished: dict[str, list[int]] = {}
-    for name, seed in ((name, seed) for name in MODELS for seed in seeds):
+    for name, seed in product(MODELS, seeds):
         if read_run(runs / target / name / str(seed))["status"] == "finished":
             finished.setdefault(name, []).append(seed)
         else:

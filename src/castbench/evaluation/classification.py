@@ -15,12 +15,15 @@ def average_precision(truth: np.ndarray, probability: np.ndarray) -> float | Non
     return float(metrics.average_precision_score(truth, probability)) if _both(truth) else None
 
 
+def roc_auc(truth: np.ndarray, score: np.ndarray) -> float | None:
+    """Area under the ROC curve of class 1; None where the truth has one class only."""
+    return float(metrics.roc_auc_score(truth, score)) if _both(truth) else None
+
+
 def balanced_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float | None:
     """Mean of the recalls of both classes; None where the truth has one class only."""
-    if not _both(truth):
-        return None
-    right = np.asarray(predicted).astype(bool) == (truth > 0.5)
-    return float(np.mean([right[truth > 0.5].mean(), right[truth <= 0.5].mean()]))
+    classes = np.asarray(truth) > 0.5, np.asarray(predicted).astype(bool)
+    return float(metrics.balanced_accuracy_score(*classes)) if _both(truth) else None
 
 
 def choose_threshold(truth: np.ndarray, probability: np.ndarray) -> float:
@@ -74,19 +77,18 @@ def class_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
 
 def ranking_scores(truth: np.ndarray, score: np.ndarray) -> dict[str, float | None]:
     """Average precision and area under the ROC curve; None where the truth has one class only."""
-    area = float(metrics.roc_auc_score(truth, score)) if _both(truth) else None
-    return {"average_precision": average_precision(truth, score), "roc_auc": area}
+    return {"average_precision": average_precision(truth, score), "roc_auc": roc_auc(truth, score)}
 
 
-def calibration(truth: np.ndarray, probability: np.ndarray, bins: int = BINS) -> dict[str, Any]:
+def calibration(truth: np.ndarray, probability: np.ndarray) -> dict[str, Any]:
     """Brier score, expected calibration error, and the reliability diagram in bins of equal width.
 
     Returns:
         `bins`: for each, its number of compositions, mean probability and share of class 1 (None if empty).
     """
-    place = np.minimum((probability * bins).astype(int), bins - 1)
+    place = np.minimum((probability * BINS).astype(int), BINS - 1)
     rows, error = [], 0.0
-    for number in range(bins):
+    for number in range(BINS):
         chosen = place == number
         n = int(chosen.sum())
         mean = float(probability[chosen].mean()) if n else None

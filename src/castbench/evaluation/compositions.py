@@ -11,7 +11,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from castbench.evaluation.aggregate import RESOURCES, read_json, read_run, write_csv
+from castbench.evaluation.aggregate import (
+    ordered_composition_models,
+    read_edm_report,
+    read_json,
+    read_run,
+    write_csv,
+)
 from castbench.evaluation.classification import (
     calibration,
     choose_threshold,
@@ -20,7 +26,7 @@ from castbench.evaluation.classification import (
 )
 from castbench.evaluation.metrics import scores
 from castbench.evaluation.statistics import mean_interval
-from castbench.labels import COMPOSITION_ORDER, TARGETS
+from castbench.labels import TARGETS
 from castbench.provenance import atomic_path
 
 log = logging.getLogger(__name__)
@@ -114,12 +120,6 @@ def tabulate_compositions(settings: dict[str, Any], results: Path, output: Path)
     write_csv(output / "enrichment.csv", enrichment_table(screened, settings["seeds"]))
 
 
-def ordered_composition_models(settings: dict[str, Any]) -> list[str]:
-    """The models of the study that are trained, in its order."""
-    chosen = {*settings["models"], *settings["structure_models"]}
-    return [model for model in COMPOSITION_ORDER if model in chosen]
-
-
 def read_runs(settings: dict[str, Any], results: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(model, seed) -> record, with `predictions` where it is finished. Structure models are put together."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -196,12 +196,6 @@ def _mean_std(values: list[float | None]) -> tuple[float, float]:
     )
 
 
-def read_report() -> dict[str, float]:
-    """The report's own numbers by quantity."""
-    table = pd.read_csv(RESOURCES / "paper" / "edm_report.csv")
-    return dict(zip(table["quantity"], table["value"], strict=True))
-
-
 def number_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
     """A row a number and model: test MAE, RMSE and R2 over seeds, and MAE minus the EDM Transformer's.
 
@@ -219,7 +213,7 @@ def number_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str
             row["n_test"] = len(pair(records[0]["predictions"], target, "test")[0]) if records else None
             rows.append(row | difference(runs, settings, model, target))
         if target == "band_gap":
-            report = {f"{name}_mean": read_report()[name] for name in NUMBERS}
+            report = {f"{name}_mean": read_edm_report()[name] for name in NUMBERS}
             rows.append({"target": target, "unit": "eV", "model": REPORT, "n_test": 456, **report})
     return pd.DataFrame(rows)
 
@@ -288,7 +282,7 @@ def class_table(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str,
 
 def report_row() -> dict[str, Any]:
     """The report's classification: what it states, the rest from the confusion matrix of its Figure 3."""
-    known = read_report()
+    known = read_edm_report()
     counts = [
         known[name] for name in ("true_negatives", "false_positives", "false_negatives", "true_positives")
     ]

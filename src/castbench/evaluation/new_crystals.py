@@ -17,8 +17,9 @@ from castbench.graphs.build import build_graphs
 from castbench.materials.readers import READERS, Record, read_records, uncompressed
 from castbench.materials.records import SCHEMA, Columns, Material, to_table
 from castbench.materials.structures import RecordError
-from castbench.text.descriptions import describe_shard, gather_descriptions
-from castbench.text.packed import read_manifest, write_manifest
+from castbench.packed import read_manifest, write_manifest
+from castbench.text import find_encoder
+from castbench.text.descriptions import TIME_LIMIT, describe_shard, gather_descriptions
 from castbench.text.states import PackedStates, embed_text
 from castbench.text.tokens import PackedTokens, tokenize_text
 
@@ -37,7 +38,6 @@ IN_FOLDERS = (
     "*.json",
 )
 SHOWN = 5  # names of files that were passed over
-TIME_LIMIT = 600  # seconds for the description of a crystal
 CHUNK = 1000  # crystals held at once
 
 
@@ -139,18 +139,6 @@ def read_formulas(given: Iterable[Path], columns: Columns) -> Iterator[tuple[str
             yield name, record if isinstance(record, RecordError) else columns.get(record, "formula")
 
 
-def find_encoder(folder: Path, checksum: str) -> Path:
-    """The text encoder with this checksum.
-
-    Raises:
-        InputError: it is not there.
-    """
-    for manifest in sorted(folder.glob("*/manifest.json")):
-        if json.loads(manifest.read_text(encoding="utf-8"))["checksum"] == checksum:
-            return manifest.parent
-    raise InputError(f"{folder}: does not hold the text encoder of this run; run the rule prefetch_encoder")
-
-
 def run_encoder(record: dict[str, Any], results: Path) -> Path | None:
     """The text encoder of a run of the data set `results`; None for a model that reads no text.
 
@@ -215,5 +203,5 @@ def make_states(folder: Path, results: Path, encoder: Path, remaining: int, devi
             array[slice(*ours.token_offsets[text : text + 2])] = there.states[first:end]
     array.flush()
     content = read_manifest(states, "embed_text")
-    write_manifest(states, {k: v for k, v in content.items() if k not in ("format", "files")}, ["states.npy"])
+    write_manifest(states, "embed_text", content, ["states.npy"])
     return states

@@ -1,8 +1,8 @@
 """Statistics of the data that the models saw: the paper's Table 2, and the groups that errors fall into."""
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from castbench.labels import TARGETS
+from castbench.materials.splits import PARTS, load_split
 from castbench.materials.targets import target_values
 
-SPLITS = ("train", "validation", "test")
 # Rows of Table 2 for each target: our splits, the two that are one column in the paper, and the whole.
-TABLE2 = {**{part: (part,) for part in SPLITS}, "val/test": ("validation", "test"), "all": SPLITS}
+TABLE2 = {**{part: (part,) for part in PARTS}, "val/test": ("validation", "test"), "all": PARTS}
 CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
 SITE_BINS = (1, 2, 4, 8, 16, 32)  # upper ends; the last group is open
 FEWEST = 5  # crystals that a mean is given for: a bootstrap of fewer gives no interval
+REPEATS = 2000  # of the bootstrap
 _LAST_SPACEGROUPS = (2, 15, 74, 142, 167, 194, 230)
 
 
@@ -38,9 +39,9 @@ def site_groups(sites: np.ndarray) -> np.ndarray:
     return np.array(site_labels())[np.searchsorted(SITE_BINS, sites)]
 
 
-def read_split(results: Path, target: str) -> dict:
-    """The split record of a target."""
-    return json.loads((results / "splits" / f"{target}.json").read_text())
+def read_split(results: Path, target: str) -> dict[str, Any]:
+    """The split of a target, see `load_split`."""
+    return load_split(results / "splits" / f"{target}.json")
 
 
 def read_crystals(results: Path) -> pd.DataFrame:
@@ -109,15 +110,15 @@ def mean_baseline(results: Path, target: str) -> float:
     return float((values.loc[split["test"]] - values.loc[split["train"]].mean()).abs().mean())
 
 
-def mean_interval(values: np.ndarray, repeats: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of values (n,), one a crystal, and its 95 % bootstrap interval over the n crystals.
 
     All three are NaN for fewer than `FEWEST` crystals: a mean without an interval would be read as a result.
     """
     if len(values) < FEWEST:
         return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     size = (100, len(values))  # a few repeats at a time: memory stays small
-    means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(repeats // 100)]
+    means = [values[rng.integers(len(values), size=size)].mean(axis=1) for _ in range(REPEATS // 100)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)

@@ -27,28 +27,15 @@ class Kind:
     arrays: tuple[str, ...] = ()
 
 
-def _nearest(unit: AsymmetricUnit, settings: dict[str, Any]) -> CrystalGraph:
-    return nearest_graph(unit, settings["neighbours"], settings["symprec"])
-
-
-def _voronoi(unit: AsymmetricUnit, settings: dict[str, Any]) -> CrystalGraph:
-    return voronoi_graph(unit, settings["symprec"])
-
-
-def _reciprocal(unit: AsymmetricUnit, settings: dict[str, Any]) -> CrystalGraph:
-    return reciprocal_graph(unit, settings["neighbours"], settings["symprec"])
-
-
-def _radius(unit: AsymmetricUnit, settings: dict[str, Any]) -> CrystalGraph:
-    return radius_graph(unit, MEGNET_RADIUS, settings["symprec"])
-
-
+NEAREST = Kind(lambda unit, of: nearest_graph(unit, of["neighbours"], of["symprec"]))
 KINDS = {
-    "cogn": Kind(_nearest),
-    "congn": Kind(_voronoi, ("vectors", "ridge_areas")),
-    "alignn": Kind(_reciprocal, ("vectors", "edge_reverse")),
-    "cgcnn": Kind(_nearest),  # whose reference cuts the last shell where its list happens to end
-    "megnet": Kind(_radius),
+    "cogn": NEAREST,
+    "congn": Kind(lambda unit, of: voronoi_graph(unit, of["symprec"]), ("vectors", "ridge_areas")),
+    "alignn": Kind(
+        lambda unit, of: reciprocal_graph(unit, of["neighbours"], of["symprec"]), ("vectors", "edge_reverse")
+    ),
+    "cgcnn": NEAREST,  # whose reference cuts the last shell where its list happens to end
+    "megnet": Kind(lambda unit, of: radius_graph(unit, MEGNET_RADIUS, of["symprec"])),
 }
 
 

@@ -69,23 +69,17 @@ def pairs_with_nearest(
     return pairs, pairs.distance[first + k - 1]
 
 
-def nearest_neighbours(
-    lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each centre, its k nearest periodic neighbours and all that tie with the k-th, itself left out.
+def nearest_pairs(lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, k: int) -> Pairs:
+    """Each centre's k nearest periodic neighbours and all that tie with the k-th, itself left out.
 
     Args:
         lattice: (3, 3) row vectors, angstrom.
         positions: (n, 3) fractional coordinates in [0, 1).
         centres: (m,) atoms to search around.
         k: neighbours wanted.
-
-    Returns:
-        Of each of p pairs: row of `centres`, neighbouring atom (both int), distance (float64, angstrom).
     """
     pairs, last = pairs_with_nearest(lattice, positions, centres, k)
-    pairs = pairs[pairs.distance <= last[pairs.centre] + TIE]
-    return pairs.centre, pairs.atom, pairs.distance
+    return pairs[pairs.distance <= last[pairs.centre] + TIE]
 
 
 def unit_of(
@@ -160,9 +154,18 @@ def merged(unit: AsymmetricUnit, pairs: Pairs, symprec: float) -> CrystalGraph:
 
 
 def nearest_graph(unit: AsymmetricUnit, neighbours: int, symprec: float) -> CrystalGraph:
-    """The graph whose nodes receive edges from their nearest neighbours; arguments as for `crystal_graph`."""
-    pairs, last = pairs_with_nearest(unit.lattice, unit.positions, unit.representatives, neighbours)
-    return merged(unit, pairs[pairs.distance <= last[pairs.centre] + TIE], symprec)
+    """coGN's graph (reference: kgcnn 3.0.0, KNN asymmetric-unit cell; spec/models.md 1.1).
+
+    Args:
+        unit: of the crystal.
+        neighbours: neighbours of each node, at least; all that tie with the last are kept.
+        symprec: distance tolerance of the symmetry search, angstrom.
+
+    Raises:
+        ValueError: two atoms are closer than `symprec`.
+    """
+    pairs = nearest_pairs(unit.lattice, unit.positions, unit.representatives, neighbours)
+    return merged(unit, pairs, symprec)
 
 
 def radius_graph(unit: AsymmetricUnit, radius: float, symprec: float) -> CrystalGraph:
@@ -174,28 +177,3 @@ def radius_graph(unit: AsymmetricUnit, radius: float, symprec: float) -> Crystal
     reach = np.maximum(radius, nearest) + TIE
     pairs = pairs_within(unit.lattice, unit.positions, unit.representatives, reach.max())
     return merged(unit, pairs[pairs.distance <= reach[pairs.centre]], symprec)
-
-
-def crystal_graph(
-    lattice: np.ndarray,
-    positions: np.ndarray,
-    atomic_numbers: np.ndarray,
-    neighbours: int = 24,
-    symprec: float = 1e-4,
-) -> CrystalGraph:
-    """Build coGN's graph of a crystal (reference: kgcnn 3.0.0, KNN asymmetric-unit cell; spec/models.md 1.1).
-
-    Only atoms of the asymmetric unit receive edges: all atoms of an orbit see the same surroundings, hence
-    have the same state, and the mean over nodes weighted by multiplicity is the mean over the whole cell.
-
-    Args:
-        lattice: (3, 3) row vectors, angstrom.
-        positions: (n, 3) fractional coordinates.
-        atomic_numbers: (n,) elements.
-        neighbours: neighbours of each node, at least; all that tie with the last are kept.
-        symprec: distance tolerance of the symmetry search, angstrom.
-
-    Raises:
-        ValueError: what `unit_of` and `merged` refuse.
-    """
-    return nearest_graph(unit_of(lattice, positions, atomic_numbers, symprec), neighbours, symprec)

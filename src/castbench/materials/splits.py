@@ -1,6 +1,5 @@
 """Train, validation and test: one assignment of materials for all targets, as id files with a checksum."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
-from castbench.provenance import sha256_file, write_json
+from castbench.provenance import sha256_file, sha256_json, write_json
 
 log = logging.getLogger(__name__)
 PARTS = ("train", "validation", "test")
@@ -139,7 +138,7 @@ def write_split(
 
 def checksum(split: Mapping[str, Any]) -> str:
     """SHA-256 of the three id lists."""
-    return hashlib.sha256(json.dumps([split[part] for part in PARTS]).encode()).hexdigest()
+    return sha256_json([split[part] for part in PARTS])
 
 
 def load_split(path: Path) -> dict[str, Any]:

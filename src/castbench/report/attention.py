@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _shared_limit(values: list[np.ndarray]) -> float:
     return float(np.quantile(np.concatenate([v.ravel() for v in values]), 0.995)) or 1.0
 
 
-def _ruler(axis: Axes, parts: list[int], labels: list[str], named: bool = True) -> None:
+def _ruler(axis: Axes, parts: list[int], labels: list[str]) -> None:
     """A strip that says which part of the description each word belongs to."""
     axis.set(xlim=(-0.5, len(parts) - 0.5), ylim=(0, 1), yticks=[])
     axis.spines[:].set_visible(False)
@@ -169,7 +170,7 @@ def _ruler(axis: Axes, parts: list[int], labels: list[str], named: bool = True) 
             width = place - start
             axis.add_patch(Rectangle((start - 0.5, 0), width, 1, color=PART_COLOURS[parts[start]], lw=0))
             name = labels[parts[start]]
-            if named and width >= 0.5 * len(name) and parts[start] < len(PARTS):
+            if width >= 0.5 * len(name) and parts[start] < len(PARTS):
                 middle = start + width / 2 - 0.5
                 axis.text(middle, 0.45, name, ha="center", va="center", size=6, color="#1b1f25")
             start = place
@@ -196,7 +197,7 @@ def _maps(settings: dict[str, Any], maps: dict[str, Any], path: Path) -> None:
             layout="constrained",
         )
         made.append(figure)
-        for (line, (model, role)), layer in ((p, k) for p in enumerate(present) for k in range(layers)):
+        for (line, (model, role)), layer in product(enumerate(present), range(layers)):
             axis = grid[line * layers + layer, 0]
             image = axis.imshow(weights[model][layer], aspect="auto", cmap="viridis", vmin=0, vmax=limit)
             axis.set_yticks(range(nodes), entry["nodes"], fontsize=6.5)
@@ -272,9 +273,7 @@ def _similarity(settings: dict[str, Any], similarity: pd.DataFrame, path: Path) 
             layout="constrained",
         )
         made.append(figure)
-        for (line, name), (column, layer) in (
-            (p, q) for p in enumerate(list(heads)) for q in enumerate(layers)
-        ):
+        for (line, name), (column, layer) in product(enumerate(heads), enumerate(layers)):
             axis = grid[line, column]
             chosen = similarity[heads[name] & (similarity["layer"] == layer)]
             for model, role in ROLES:

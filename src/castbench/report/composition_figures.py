@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 
 from castbench import config
 from castbench.compositions.targets import threshold_text
-from castbench.evaluation.aggregate import RESOURCES, read_json
-from castbench.evaluation.statistics import SPLITS
-from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, COMPOSITION_ORDER, TARGETS
+from castbench.evaluation.aggregate import ordered_composition_models, read_edm_report, read_json
+from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
+from castbench.materials.splits import PARTS
 from castbench.report.figures import INK, MUTED, RULE, drawing, empty, legend_below, panels
 
 OURS = "edm_transformer"
@@ -47,12 +47,6 @@ def label(model: str) -> str:
     return "EDM report" if model == "edm_report" else COMPOSITION_MODELS[model].label
 
 
-def trained(settings: dict[str, Any]) -> list[str]:
-    """The models of the study in its order."""
-    chosen = {*settings["models"], *settings["structure_models"]}
-    return [model for model in COMPOSITION_ORDER if model in chosen]
-
-
 def stability_rule(settings: dict[str, Any]) -> str:
     """The rule of the stable class, for titles."""
     return threshold_text("stability", settings["classification"]["stability"])
@@ -62,9 +56,10 @@ def _run(results: Path, model: str, seed: int) -> Path:
     return results / "composition_runs" / model / str(seed)
 
 
-def _scores(results: Path, model: str, seed: int) -> dict[str, Any]:
-    """Scores of a run, empty where it is not finished."""
-    return read_json(_run(results, model, seed) / "metrics.json").get("scores", {})
+def _stability(settings: dict[str, Any], results: Path, model: str) -> list[dict[str, Any]]:
+    """Scores of the class stable, of the finished runs of a model."""
+    records = (read_json(_run(results, model, seed) / "metrics.json") for seed in settings["seeds"])
+    return [found for record in records if (found := record.get("scores", {}).get("stability"))]
 
 
 def _history(results: Path, model: str, seed: int) -> pd.DataFrame | None:
@@ -80,7 +75,7 @@ def focal_curve(p: np.ndarray, alpha: float, gamma: float) -> np.ndarray:
 
 def _class_balance(settings: dict[str, Any], results: Path, path: Path) -> None:
     split = read_json(results / "splits" / "compositions.json")
-    classes = {part: split["classes"][part] for part in SPLITS}
+    classes = {part: split["classes"][part] for part in PARTS}
     target = CLASS_TARGETS["stability"]
     with drawing(settings, path) as made:
         figure, axes = panels(3, 3, (3.4, 3.0))
@@ -122,8 +117,8 @@ def _recalls(settings: dict[str, Any], results: Path, axis: Axes) -> None:
     models = [model for model in LOSSES if model in settings["models"]]
     for place, model in enumerate(models):
         for shift, name, colour in ((-0.14, "negative", UNSTABLE), (0.14, "positive", STABLE)):
-            found = [_scores(results, model, seed).get("stability") for seed in settings["seeds"]]
-            values = [own["test"]["at_half"]["recall"][name] for own in found if own]
+            runs = _stability(settings, results, model)
+            values = [run["test"]["at_half"]["recall"][name] for run in runs]
             axis.plot([place + shift] * len(values), values, "o", color=colour, markersize=4, alpha=0.7)
             if values:
                 axis.plot(
@@ -177,18 +172,17 @@ def _confusion(settings: dict[str, Any], results: Path, path: Path) -> None:
     chosen = [
         (model, cut) for model in LOSSES if model in settings["models"] for cut in ("at_half", "at_threshold")
     ]
-    report = dict(pd.read_csv(RESOURCES / "paper" / "edm_report.csv")[["quantity", "value"]].to_numpy())
+    report = read_edm_report()
     with drawing(settings, path) as made:
         figure, axes = panels(len(chosen) + 1, 4, (2.6, 2.6))
         made.append(figure)
         for axis, (model, cut) in zip(axes, chosen, strict=False):
-            runs = [_scores(results, model, seed).get("stability") for seed in settings["seeds"]]
-            own = [run for run in runs if run]
-            if not own:
+            runs = _stability(settings, results, model)
+            if not runs:
                 empty(axis, "no run")
                 continue
-            counts = np.mean([run["test"][cut]["confusion"] for run in own], axis=0)
-            cuts = "0.5" if cut == "at_half" else f"{np.mean([run['threshold'] for run in own]):.2f}*"
+            counts = np.mean([run["test"][cut]["confusion"] for run in runs], axis=0)
+            cuts = "0.5" if cut == "at_half" else f"{np.mean([run['threshold'] for run in runs]):.2f}*"
             _matrix(axis, counts, f"{label(model).removeprefix('EDM, ')}\nstable from {cuts}")
         names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
         _matrix(
@@ -244,7 +238,8 @@ def _points(settings: dict[str, Any], results: Path, model: str, target: str) ->
 
 
 def _parity(settings: dict[str, Any], results: Path, path: Path) -> None:
-    cells = [(t, m) for t in settings["regression"] for m in trained(settings) if m != "baseline"]
+    models = [model for model in ordered_composition_models(settings) if model != "baseline"]
+    cells = [(target, model) for target in settings["regression"] for model in models]
     with drawing(settings, path) as made:
         figure, axes = panels(len(cells), 4, (2.75, 2.75))
         made.append(figure)
@@ -414,8 +409,7 @@ def _reliability(settings: dict[str, Any], results: Path, path: Path) -> None:
                 axis.plot(group["probability"], group["share"], color=colour, linewidth=0.7, alpha=0.5)
             sums = own.assign(p=own["probability"] * own["n"], s=own["share"] * own["n"]).groupby("bin").sum()
             axis.scatter(sums["p"] / sums["n"], sums["s"] / sums["n"], s=8 + 90 * sums["n"] / sums["n"].sum(), color=colour, zorder=3)  # fmt: skip # noqa: E501
-            found = [_scores(results, model, seed).get("stability") for seed in settings["seeds"]]
-            runs = [run for run in found if run]
+            runs = _stability(settings, results, model)
             for run in runs:
                 axis.axvline(run["threshold"], color=INK, linewidth=0.8, linestyle=":")
             ece = np.mean([run["test"]["calibration"]["ece"] for run in runs])

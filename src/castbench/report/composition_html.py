@@ -15,7 +15,7 @@ from castbench.config import composition_summary
 from castbench.evaluation.aggregate import read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
 from castbench.report import tables
-from castbench.report.composition_figures import POOLS, label, stability_rule, trained
+from castbench.report.composition_figures import POOLS, label, stability_rule
 from castbench.report.html import embed, kind_of_run, provenance, write_page
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,6 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "classes": [CLASS_TARGETS[target] for target in settings["classification"]],
         "colours": {name: model.colour for name, model in COMPOSITION_MODELS.items()},
         "inputs_of": {name: model.inputs for name, model in COMPOSITION_MODELS.items()},
-        "models": trained(settings),
         "gap": tables.records(frames["composition_gap"]),
         "stability": tables.records(frames["composition_stability"]),
         "enrichment": tables.records(frames["enrichment"]),

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from matplotlib.transforms import Bbox
 from castbench.evaluation.aggregate import RESOURCES, ordered_models, ordered_targets, read_errors, read_json
 from castbench.evaluation.statistics import (
     CRYSTAL_SYSTEMS,
-    SPLITS,
     mean_baseline,
     read_crystals,
     read_split,
@@ -30,6 +30,7 @@ from castbench.evaluation.statistics import (
     site_labels,
 )
 from castbench.labels import MODELS, TARGETS
+from castbench.materials.splits import PARTS
 from castbench.provenance import atomic_path
 from castbench.report.tables import model_label, records
 
@@ -213,15 +214,15 @@ def _histograms(settings: dict[str, Any], results: Path, path: Path) -> None:
         made.append(figure)
         for axis, target in zip(axes, targets, strict=True):
             split, values = read_split(results, target), read_values(results, target)
-            parts = [values.loc[split[part]].to_numpy() for part in SPLITS]
+            parts = [values.loc[split[part]].to_numpy() for part in PARTS]
             every = np.concatenate(parts)
             axis.set(title=TARGETS[target].label, xlabel=TARGETS[target].axis, ylabel="crystals")
             if not len(every):
                 empty(axis, "too few crystals")
                 continue
             bins = np.histogram_bin_edges(every, bins=30)
-            colours = [SPLIT_COLOURS[part] for part in SPLITS]
-            axis.hist(parts, bins=list(bins), stacked=True, color=colours, label=[*SPLITS])
+            colours = [SPLIT_COLOURS[part] for part in PARTS]
+            axis.hist(parts, bins=list(bins), stacked=True, color=colours, label=[*PARTS])
             axis.locator_params(axis="y", integer=True)
             axis.grid(axis="y")
             axis.set_ylim(top=1.3 * axis.get_ylim()[1])
@@ -345,7 +346,7 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
             layout="constrained",
         )
         made.append(figure)
-        for (line, target), (column, model) in _product(targets, models):
+        for (line, target), (column, model) in product(enumerate(targets), enumerate(models)):
             axis = grid[line, column]
             drawn = False
             for seed in settings["seeds"]:
@@ -381,12 +382,6 @@ def _learning_curves(settings: dict[str, Any], results: Path, runs: pd.DataFrame
         legend_below(figure, handles, ["training", "validation", "epoch selected"])
 
 
-def _product(first: list[Any], second: list[Any]) -> Iterator[tuple[tuple[int, Any], tuple[int, Any]]]:
-    for one in enumerate(first):
-        for other in enumerate(second):
-            yield one, other
-
-
 def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: Path) -> None:
     targets, models = ordered_targets(settings), ordered_models(settings)
     finished = set(runs[runs["status"] == "finished"].set_index(["target", "model", "seed"]).index)
@@ -401,7 +396,7 @@ def _parity(settings: dict[str, Any], results: Path, runs: pd.DataFrame, path: P
             layout="constrained",
         )
         made.append(figure)
-        for (line, target), (column, model) in _product(targets, models):
+        for (line, target), (column, model) in product(enumerate(targets), enumerate(models)):
             axis = grid[line, column]
             frames = [
                 pd.read_parquet(results / "runs" / target / model / str(seed) / "predictions.parquet")

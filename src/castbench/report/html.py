@@ -27,7 +27,7 @@ from castbench.labels import MODELS, TARGETS
 from castbench.provenance import atomic_path
 from castbench.report import tables
 from castbench.report.attention import browser_maps, browser_text, embed_json, read_evidence, read_maps
-from castbench.report.figures import INK, MUTED, RULE, funnel_steps
+from castbench.report.figures import INK, MUTED, RULE
 from castbench.text.parts import PARTS
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,6 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
         "comparisons": comparison_rows(folder / "comparisons.csv", targets, len(settings["seeds"])),
         "text_gain": gain_rows(folder / "text_gain.csv", targets, len(settings["seeds"])),
         "table2": tables.records(pd.read_csv(folder / "table2.csv")),
-        "funnel": {target: funnel_steps(funnel, target) for target in targets},
         "collected": funnel["n_collected"],
         "rejected": sorted(funnel["rejected_by_reason"].items()),
         "materials": materials,
@@ -265,16 +264,20 @@ def comparison_rows(
     file: Path, targets: list[str], seeds: int
 ) -> list[tuple[str, list[dict[str, Any] | None]]]:
     """(models compared, a cell or None for each target) of comparisons.csv; see `judged`."""
+    return [
+        (f"{tables.model_label(model)} − {tables.model_label(other)}", cells)
+        for model, other, cells in by_target(file, "model", "minus", targets, seeds)
+    ]
+
+
+def by_target(
+    file: Path, first: str, second: str, targets: list[str], seeds: int
+) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
+    """(two columns, a cell or None for each target) of a table of differences of errors; see `judged`."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in tables.records(pd.read_csv(file)):
-        found.setdefault((row["model"], row["minus"]), {})[row["target"]] = judged(row, seeds)
-    return [
-        (
-            f"{tables.model_label(model)} − {tables.model_label(other)}",
-            [cells.get(target) for target in targets],
-        )
-        for (model, other), cells in found.items()
-    ]
+        found.setdefault((row[first], row[second]), {})[row["target"]] = judged(row, seeds)
+    return [(*pair, [cells.get(target) for target in targets]) for pair, cells in found.items()]
 
 
 def judged(row: dict[str, Any], seeds: int) -> dict[str, Any]:
@@ -291,14 +294,8 @@ def gain_rows(
     file: Path, targets: list[str], seeds: int
 ) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
     """(what groups, group, a cell or None for each target) of text_gain.csv; see `judged`."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in tables.records(pd.read_csv(file)):
-        found.setdefault((row["by"], row["group"]), {})[row["target"]] = judged(row, seeds)
     order = ("all", "crystal system", "sites", "text")
-    return [
-        (by, group, [cells.get(target) for target in targets])
-        for (by, group), cells in sorted(found.items(), key=lambda item: order.index(item[0][0]))
-    ]
+    return sorted(by_target(file, "by", "group", targets, seeds), key=lambda row: order.index(row[0]))
 
 
 def pretraining_rows(file: Path) -> tuple[list[str], list[list[Any]]]:

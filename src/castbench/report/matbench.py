@@ -55,7 +55,6 @@ def context(config: dict[str, Any], results: Path) -> dict[str, Any]:
             for seed in settings["seeds"]
         ],
         "seconds": sum(row["seconds"] for row in folds if not math.isnan(row["seconds"])),
-        "filled": int(sum(row["filled"] for row in folds if not math.isnan(row["filled"]))),
         "materials": manifest,
         "graphs": read_json(results / "graphs" / "manifest.json"),
         "training": config["training"] | config["matbench"],

@@ -21,8 +21,9 @@ import yaml
 from castbench import config as meaning
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import RESOURCES
+from castbench.evaluation.statistics import read_split
 from castbench.provenance import write_json
-from castbench.report.rates import Rates, crystal_sizes, mean_size, measure, read_shape, train_ids
+from castbench.report.rates import Rates, crystal_sizes, mean_size, measure, read_shape
 from castbench.report.work import CrystalSize, EncoderShape, embedding_work, mean_of_cut, step_work
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def planned_sizes(config: dict[str, Any], rates: Rates, results: Path, crystals:
         {t: round(rates.n[t] * total / rates.crystals) for t in targets},
         mean_size(known, max_tokens),
         {
-            t: mean_size(known.loc[known.index.intersection(train_ids(results, t))], max_tokens)
+            t: mean_size(known.loc[known.index.intersection(read_split(results, t)["train"])], max_tokens)
             for t in targets
         },
     )

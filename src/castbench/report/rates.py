@@ -10,7 +10,9 @@ import pandas as pd
 
 from castbench.errors import InputError
 from castbench.evaluation.aggregate import read_json
+from castbench.evaluation.statistics import read_split
 from castbench.report.work import CrystalSize, EncoderShape, embedding_work, step_work
+from castbench.text import find_encoder
 
 
 @dataclass
@@ -67,7 +69,7 @@ def measure(results: Path) -> Rates:
     rates = Rates(
         crystals=descriptions["n"],
         device="",
-        shape=measured_shape(results, tokens["encoder"]["checksum"]),
+        shape=read_shape(find_encoder(results.parent / "encoders", tokens["encoder"]["checksum"])),
         size=size,
         describe=descriptions["seconds"]["total"] / (n * size.nodes),
         graphs=needed(results / "graphs/cost.json")["cpu_seconds"] / (n * size.nodes),
@@ -93,7 +95,9 @@ def measure(results: Path) -> Rates:
         )
         own = size
         if target:
-            own = mean_size(table.loc[table.index.intersection(train_ids(results, target))], max_tokens)
+            own = mean_size(
+                table.loc[table.index.intersection(read_split(results, target)["train"])], max_tokens
+            )
             rates.n[target] = trained
             job = f"{target}.{name}"
             jobs[job] = jobs.get(job, 0.0) + cost["seconds"]
@@ -156,24 +160,6 @@ def mean_size(table: pd.DataFrame, max_tokens: int) -> CrystalSize:
         full.clip(upper=max_tokens).mean(),
     )
     return CrystalSize(*map(float, means))
-
-
-def train_ids(results: Path, target: str) -> list[str]:
-    """Training crystals of a target."""
-    ids: list[str] = needed(results / "splits" / f"{target}.json")["train"]
-    return ids
-
-
-def measured_shape(results: Path, checksum: str) -> EncoderShape:
-    """Sizes of the text encoder with this checksum, among those beside the results.
-
-    Raises:
-        InputError: it is not there.
-    """
-    for file in (results.parent / "encoders").glob("*/manifest.json"):
-        if read_json(file)["checksum"] == checksum:
-            return read_shape(file.parent)
-    raise InputError(f"{results.parent / 'encoders'}: the text encoder of {results} is not here")
 
 
 def read_shape(folder: Path) -> EncoderShape:

@@ -79,6 +79,18 @@ def how_to_fetch(folder: Path) -> str:
     )
 
 
+def find_encoder(folder: Path, checksum: str) -> Path:
+    """The folder of the encoder with this checksum, among those in `folder`.
+
+    Raises:
+        InputError: it is not there.
+    """
+    for manifest in sorted(folder.glob("*/manifest.json")):
+        if json.loads(manifest.read_text(encoding="utf-8"))["checksum"] == checksum:
+            return manifest.parent
+    raise InputError(f"{folder}: does not hold the text encoder of this run; run the rule prefetch_encoder")
+
+
 def read_encoder(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Manifest of a folder of `prefetch_encoder` after checking files' SHA-256 against it.
 

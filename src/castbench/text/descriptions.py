@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from castbench.errors import InputError
 from castbench.materials.records import read_material
-from castbench.materials.structures import Crystal, pack_crystals
+from castbench.materials.structures import pack_crystals
 from castbench.provenance import atomic_path, write_json
 from castbench.text import robocrystallographer
 from castbench.text.normalise import plain
@@ -40,6 +40,7 @@ SOURCES = {
     "provided": ["text"],
     "provided_or_generated": ["structure", "text"],
 }
+TIME_LIMIT = 600  # seconds, for a crystal that belongs to no data set
 STARTUP_LIMIT = 600  # seconds; imports from a cold network disk take minutes
 
 
@@ -125,34 +126,28 @@ class Worker:
         return None, status
 
 
-def describe_crystal(crystal: Path, output: Path, time_limit: float = 600) -> None:
+def describe_crystal(crystal: Path, output: Path) -> None:
     """Describe the one crystal of a file: Parquet like descriptions.parquet, with one row.
 
     Args:
         crystal: a file of any kind that materials are read from, such as a CIF.
         output: material_id (the file's name without its ending, unless the record has one), text, ...
-        time_limit: seconds.
 
     Raises:
         InputError: the file holds no usable crystal, or robocrystallographer cannot describe it.
     """
     material = read_material(crystal)
-    text, status, seconds = describe_alone(material.crystal, time_limit)
+    robocrystallographer.check_versions()
+    with Worker(robocrystallographer.describe, robocrystallographer.prepare, TIME_LIMIT) as worker:
+        worker.start()
+        start = time.perf_counter()
+        text, status = worker(pack_crystals([material.crystal])[0].as_py())
+        seconds = time.perf_counter() - start
     if text is None:
         raise InputError(f"{crystal}: no description ({status}); give another crystal")
     row = {"material_id": material.material_id, "text": text, "status": status, "seconds": seconds}
     with atomic_path(output) as partial:
         pq.write_table(pa.Table.from_pylist([row], SCHEMA), partial)
-
-
-def describe_alone(crystal: Crystal, time_limit: float) -> tuple[str | None, str, float]:
-    """Text (None where there is none), status and seconds of one crystal, in a process of its own."""
-    robocrystallographer.check_versions()
-    with Worker(robocrystallographer.describe, robocrystallographer.prepare, time_limit) as worker:
-        worker.start()
-        start = time.perf_counter()
-        text, status = worker(pack_crystals([crystal])[0].as_py())
-        return text, status, time.perf_counter() - start
 
 
 def describe_shard(settings: dict[str, Any], materials: Path, shard: int, output: Path) -> None:

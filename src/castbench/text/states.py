@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from castbench.errors import InputError
+from castbench.packed import read_manifest, write_manifest
 from castbench.provenance import atomic_path, measured, sha256_file
 from castbench.text import read_encoder
-from castbench.text.packed import read_manifest, write_manifest
 from castbench.text.tokens import PackedTokens
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def embed_text(tokens: Path, encoder: Path, remaining: int, output: Path, device
         del states
     write_manifest(
         output,
+        "embed_text",
         {
             "encoder": packed.manifest["encoder"],
             "layer": layer,

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from castbench.errors import InputError
+from castbench.packed import growing_array, read_manifest, write_manifest
 from castbench.provenance import measured
 from castbench.text import ENCODERS, read_encoder
-from castbench.text.packed import growing_array, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ def tokenize_text(settings: dict[str, Any], descriptions: Path, encoder: Path, o
     }
     write_manifest(
         output,
+        "tokenize_text",
         {
             "encoder": {key: described[key] for key in ("id", "revision", "checksum")},
             "normalise": "matscibert" if normalise else "none",

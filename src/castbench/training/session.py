@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CODE = (
     "kernels", "models", "training", "compositions/descriptors.py", "compositions/formulas.py",
     "compositions/targets.py", "evaluation/metrics.py", "graphs/packed.py", "graphs/crystal_graph.py",
-    "labels.py", "materials/splits.py", "materials/targets.py", "text/encoders.py", "text/packed.py",
+    "labels.py", "materials/splits.py", "materials/targets.py", "packed.py", "text/encoders.py",
     "text/states.py", "text/tokens.py",
 )  # fmt: skip
 PACKAGES = (

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from castbench import config
+from castbench import config, labels
 from castbench.evaluation.aggregate import (
     COMPARISONS,
     RESOURCES,
@@ -50,6 +50,7 @@ def test_table1_gives_mean_and_sample_std_over_seeds_with_units(results):
 
 def test_a_model_that_the_paper_lacks_is_compared(results, monkeypatch):
     monkeypatch.setitem(config.MODELS, "gated", ("none", ("structure",), None))
+    monkeypatch.setitem(labels.MODELS, "gated", labels.MODELS["cast"])
     assert compared_pairs([*SETTINGS["models"], "text_only"]) == list(COMPARISONS)
     assert compared_pairs(["gated"])[-2:] == [("gated", "structure_only"), ("gated", "cast")]
     for target in SETTINGS["targets"]:

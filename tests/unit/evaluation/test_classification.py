@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from castbench.evaluation.aggregate import read_edm_report
 from castbench.evaluation.classification import (
     average_precision,
     calibration,
@@ -10,7 +11,7 @@ from castbench.evaluation.classification import (
     class_scores,
     ranking_scores,
 )
-from castbench.evaluation.compositions import read_report, report_row
+from castbench.evaluation.compositions import report_row
 
 TRUTH = np.array([0, 0, 0, 1, 1, 0, 1, 0.0])
 PROBABILITY = np.array([0.1, 0.2, 0.6, 0.7, 0.4, 0.3, 0.9, 0.05])
@@ -67,7 +68,7 @@ def test_calibration_by_hand():
 
 
 def test_the_reports_numbers_are_weighted_means_of_its_matrix():
-    known = read_report()
+    known = read_edm_report()
     counts = [
         int(known[k]) for k in ("true_negatives", "false_positives", "false_negatives", "true_positives")
     ]

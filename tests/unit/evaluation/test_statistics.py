@@ -9,7 +9,7 @@ from castbench.evaluation.statistics import (
     read_split,
     read_values,
 )
-from castbench.provenance import write_json
+from castbench.materials.splits import write_split
 from synthetic_results import SETTINGS, write_results
 
 
@@ -58,8 +58,7 @@ def test_the_baseline_predicts_the_training_mean(results):
 
 def test_a_target_with_too_few_crystals_has_no_statistics(tmp_path):
     results = write_results(tmp_path, SETTINGS | {"targets": ["band_gap"], "models": ["cast"]})
-    empty = {"target": "band_gap", "status": "too_few", "train": [], "validation": [], "test": []}
-    write_json(results / "splits" / "band_gap.json", empty)
+    write_split(results / "splits" / "band_gap.json", {"target": "band_gap"}, {}, "too few")
     assert np.isnan(mean_baseline(results, "band_gap"))
     table = dataset_statistics(results, ["band_gap"])
     assert list(table["n"]) == [0] * 5 and table["y_mean"].isna().all()

@@ -12,7 +12,6 @@ from pymatgen.core import Structure
 
 import crystals
 from castbench.graphs.crystal_graph import CrystalGraph
-from castbench.graphs.neighbours import crystal_graph
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +26,7 @@ def graph_of() -> Callable[..., CrystalGraph]:
 
     def graph(structure: Structure, **settings: Any) -> CrystalGraph:
         numbers = np.array(structure.atomic_numbers)
-        return crystal_graph(structure.lattice.matrix, structure.frac_coords, numbers, **settings)
+        return crystals.cogn_graph(structure.lattice.matrix, structure.frac_coords, numbers, **settings)
 
     return graph
 

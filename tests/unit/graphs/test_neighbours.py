@@ -10,7 +10,8 @@ from pymatgen.core import Element, Lattice, Structure
 
 from castbench.graphs.asymmetric import asymmetric_unit
 from castbench.graphs.crystal_graph import CrystalGraph
-from castbench.graphs.neighbours import TIE, crystal_graph, nearest_neighbours
+from castbench.graphs.neighbours import TIE, nearest_pairs
+from crystals import cogn_graph
 
 SQRT = np.sqrt
 
@@ -64,21 +65,21 @@ def brute_force(lattice: np.ndarray, positions: np.ndarray, centre: int, k: int,
 )
 def test_neighbours_are_those_of_brute_force(lattice, n):
     positions = np.random.default_rng(0).random((n, 3))
-    rows, atoms, distances = nearest_neighbours(lattice, positions, np.arange(n), 24)
+    pairs = nearest_pairs(lattice, positions, np.arange(n), 24)
     for centre in range(n):
         expected = brute_force(lattice, positions, centre, 24, 8)
-        assert np.allclose(distances[rows == centre], expected, atol=1e-9)
-    assert ((atoms >= 0) & (atoms < n)).all()
+        assert np.allclose(pairs.distance[pairs.centre == centre], expected, atol=1e-9)
+    assert ((pairs.atom >= 0) & (pairs.atom < n)).all()
 
 
 def test_distant_atoms_get_as_many_neighbours_as_close_ones_and_no_edge_twice():
     # The reference searches again with a doubled radius here, and keeps what the first search had found.
     lattice = np.diag([30.0, 30.0, 30.0])
     positions = np.array([[0.0, 0, 0], [0.03, 0, 0], [0.5, 0.52, 0.54]])
-    rows, _, distances = nearest_neighbours(lattice, positions, np.arange(3), 24)
+    pairs = nearest_pairs(lattice, positions, np.arange(3), 24)
     for centre in range(3):
         expected = brute_force(lattice, positions, centre, 24, 3)
-        assert np.allclose(distances[rows == centre], expected, atol=1e-9)
+        assert np.allclose(pairs.distance[pairs.centre == centre], expected, atol=1e-9)
 
 
 def test_a_slab_in_much_vacuum(graph_of):
@@ -92,7 +93,7 @@ def test_two_hundred_atoms_without_symmetry():
     rng = np.random.default_rng(1)
     grid = np.array(list(itertools.product(range(6), repeat=3)))[:210] / 6
     positions = grid + rng.normal(0, 0.01, grid.shape)
-    graph = crystal_graph(np.diag([15.0, 15.5, 16.0]), positions, rng.integers(1, 90, 210))
+    graph = cogn_graph(np.diag([15.0, 15.5, 16.0]), positions, rng.integers(1, 90, 210))
     assert len(graph.atomic_numbers) == 210
     assert (np.bincount(graph.edge_target, graph.edge_multiplicities) >= 24).all()
 
@@ -124,11 +125,10 @@ def property_of_graph(graph: CrystalGraph) -> np.ndarray:
 def property_of_cell(structure: Structure) -> np.ndarray:
     """Of every atom of the given cell, without symmetry, and the plain mean."""
     n = len(structure)
-    target, source, distances = nearest_neighbours(
-        structure.lattice.matrix, structure.frac_coords % 1.0, np.arange(n), 24
-    )
+    pairs = nearest_pairs(structure.lattice.matrix, structure.frac_coords % 1.0, np.arange(n), 24)
+    ones = np.ones(len(pairs.distance))
     return property_of(
-        np.array(structure.atomic_numbers), np.ones(n), source, target, distances, np.ones(len(distances))
+        np.array(structure.atomic_numbers), np.ones(n), pairs.atom, pairs.centre, pairs.distance, ones
     )
 
 
@@ -168,12 +168,11 @@ def test_merged_edges_expand_to_the_multigraph_of_the_reference(prototypes, grap
     for structure in prototypes.values():
         numbers = np.array(structure.atomic_numbers)
         unit = asymmetric_unit(structure.lattice.matrix, structure.frac_coords, numbers, 1e-4)
-        centres = unit.representatives
-        target, atom, distances = nearest_neighbours(unit.lattice, unit.positions, centres, 24)
-        source, ones = unit.orbits[atom], np.ones(len(distances))
-        multigraph = CrystalGraph(unit.atomic_numbers, unit.multiplicities, source, target, distances, ones)
+        pairs = nearest_pairs(unit.lattice, unit.positions, unit.representatives, 24)
+        edges = unit.orbits[pairs.atom], pairs.centre, pairs.distance, np.ones(len(pairs.distance))
+        multigraph = CrystalGraph(unit.atomic_numbers, unit.multiplicities, *edges)
         graph = graph_of(structure)
-        assert len(graph.distances) < len(distances)
+        assert len(graph.distances) < len(pairs.distance)
         assert np.allclose(edges_of(graph), edges_of(multigraph), atol=1e-6)
         assert np.allclose(property_of_graph(graph), property_of_graph(multigraph), atol=1e-6)
 
@@ -201,7 +200,7 @@ def test_fewer_neighbours_can_be_asked_for(prototypes, graph_of):
 )
 def test_what_is_no_crystal_is_refused(lattice, positions, reason):
     with pytest.raises(ValueError, match=reason):
-        crystal_graph(lattice, positions, np.full(len(positions), 6))
+        cogn_graph(lattice, positions, np.full(len(positions), 6))
 
 
 def test_real_crystals_have_as_many_nodes_as_the_paper_says(shared_data):
@@ -209,7 +208,7 @@ def test_real_crystals_have_as_many_nodes_as_the_paper_says(shared_data):
     with zstandard.open(shared_data / "elastic4.jsonl.zst", "rt") as lines:
         for line in itertools.islice(lines, 0, None, 12):
             row = json.loads(line)
-            graph = crystal_graph(
+            graph = cogn_graph(
                 Lattice.from_parameters(*row["cell"]).matrix,
                 np.array(row["frac"]),
                 np.array([Element(symbol).Z for symbol in row["species"]]),

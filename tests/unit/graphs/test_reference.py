@@ -9,7 +9,7 @@ import zstandard
 from pymatgen.core import Element
 
 from castbench.graphs.crystal_graph import CrystalGraph
-from castbench.graphs.neighbours import crystal_graph
+from crystals import cogn_graph
 
 LONE = "a cluster and a lone atom"
 RECORDED = Path(__file__).parents[2] / "reference" / "cogn_graphs.jsonl.zst"
@@ -19,7 +19,7 @@ with zstandard.open(RECORDED, "rt") as lines:
 
 def graph_of(row: dict) -> CrystalGraph:
     numbers = np.array([Element(symbol).Z for symbol in row["species"]])
-    return crystal_graph(np.array(row["lattice"]), np.array(row["frac_coords"]), numbers)
+    return cogn_graph(np.array(row["lattice"]), np.array(row["frac_coords"]), numbers)
 
 
 def multigraph(elements_and_distances: np.ndarray, counts: np.ndarray) -> np.ndarray:

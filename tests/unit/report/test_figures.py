@@ -6,7 +6,7 @@ import pandas as pd
 from PIL import Image
 
 from castbench.labels import MODELS
-from castbench.provenance import write_json
+from castbench.materials.splits import write_split
 from castbench.report.figures import (
     PLACES,
     funnel_steps,
@@ -65,8 +65,7 @@ def test_models_have_the_palette(results, settings):
 def test_gaps_are_said(results, settings, tmp_path):
     """A failed run, a model without any, and a target with too few crystals."""
     copy = shutil.copytree(results, tmp_path / "results")
-    empty = {"target": "band_gap", "status": "too_few", "train": [], "validation": [], "test": []}
-    write_json(copy / "splits" / "band_gap.json", empty)
+    write_split(copy / "splits" / "band_gap.json", {"target": "band_gap"}, {}, "too few")
     runs = pd.read_csv(copy / "tables" / "runs.csv")
     runs.loc[(runs["model"] == "cast") & (runs["seed"] == 1), ["status", "mae"]] = ["failed", np.nan]
     runs.loc[runs["model"] == "multimat", ["status", "mae"]] = ["missing", np.nan]

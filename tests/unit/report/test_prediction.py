@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from castbench.errors import InputError
-from castbench.provenance import write_json
+from castbench.materials.splits import write_split
 from castbench.report.prediction import (
     Job,
     planned_disk,
@@ -50,7 +50,8 @@ def results(tmp_path: Path) -> Path:
         (folder / name).mkdir(parents=True)
         pd.DataFrame(table).to_parquet(folder / name / "index.parquet")
     for target, train in (("total_energy", ["a", "b", "d"]), ("band_gap", ["c"])):
-        write_json(folder / "splits" / f"{target}.json", {"train": train})
+        lists = {"train": train, "validation": [], "test": []}
+        write_split(folder / "splits" / f"{target}.json", {"target": target}, lists)
     return folder
 
 
