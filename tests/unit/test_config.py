@@ -127,6 +127,8 @@ def test_unknown_names_and_keys_are_named(schema: dict, config: dict, change: di
         ({"architecture": {"cross_attention": {"heads": 7}}}, "heads"),
         ({"materials": {"split": {"fractions": [0.8, 0.1, 0.2]}}}, "fractions"),
         ({"structure_encoder": "megnet", "graphs": {"neighbours": 12}}, "graphs.neighbours"),
+        ({"training": {"seeds_together": True, "devices": 2}}, "training.seeds_together"),
+        ({"training": {"seeds_together": True, "num_nodes": 2}}, "training.seeds_together"),
         ({"training": {"epochs": 2.0}}, "training.epochs: 2.0 is no integer"),
         ({"training": {"seeds": [0, 1.0]}}, "training.seeds[1]: 1.0 is no integer"),
         ({"materials": {"sample": 48.0}}, "materials.sample: 48.0 is no integer"),
@@ -360,3 +362,34 @@ def test_what_matbenchs_folds_forbid_is_named(folds: dict, change: dict, named: 
     with pytest.raises(InputError, match=re.escape(named)):
         meaning.check(merged(folds, change))
     meaning.check(merged(folds, {"matbench": {"validation": 0.1}, "training": {"selection": "best"}}))
+
+
+def test_pretraining_depends_on_none_of_the_keys_that_it_has_of_its_own(config: dict):
+    own = {"seeds": [7], "seeds_together": True, "epochs": 9, "batch_size": 9}
+    changed = merged(config, {"training": own})
+    faster = merged(config, {"training": {"learning_rate": 0.5}})
+    for name in meaning.OBJECTIVES:
+        before = meaning.pretraining_settings(name, config)
+        assert meaning.pretraining_settings(name, changed) == before
+        assert meaning.pretraining_settings(name, faster) != before
+
+
+def test_the_width_of_cogn_is_of_no_concern_to_other_encoders(config: dict):
+    meaning.check(merged(config, {"structure_encoder": "cgcnn", "architecture": {"cogn": {"width": 64}}}))
+
+
+def test_the_transformers_differ_by_their_loss(config: dict):
+    losses = {n: meaning.composition_settings(n, config)["loss"] for n in meaning.COMPOSITION_MODELS}
+    assert losses == {
+        "baseline": None, "random_forest": None, "crabnet": "inverse_frequency",
+        "edm_cross_entropy": "cross_entropy", "edm_alpha_report": "report",
+        "edm_transformer": "inverse_frequency",
+    }  # fmt: skip
+
+
+def test_compositions_of_a_download_are_read_from_the_snapshot_that_it_leaves(config: dict):
+    live = merged(config, {"materials": {"source": "materials_project"}})
+    left = f"results/{config['dataset']}/materials/snapshot.jsonl.zst"
+    assert meaning.composition_source(live)["snapshot"] == left
+    given = merged(live, {"materials": {"snapshot": "a.jsonl.zst"}})
+    assert meaning.composition_source(given)["snapshot"] == "a.jsonl.zst"

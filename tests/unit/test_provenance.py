@@ -93,3 +93,55 @@ def test_hashes(tmp_path: Path):
 def test_records_name_versions_and_hardware():
     assert {"python", "torch", "pymatgen"} <= set(provenance.package_versions())
     assert provenance.hardware()["cores"] >= 1
+
+
+def test_seconds_of_child_processes_are_counted(tmp_path: Path):
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    with provenance.measured(tmp_path / "cost.json"):
+        subprocess.run([sys.executable, "-c", busy], check=True)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost["cpu_seconds"] >= 0.29 and cost["seconds"] >= 0.29
+
+
+def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "code.py"
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    version = provenance.code_version.__wrapped__
+    assert version() == "unknown"
+    file.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "code.py"], [*who, "commit", "-q", "-m", "1"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = version()
+    assert len(commit) == 12 and set(commit) <= set("0123456789abcdef")
+    file.write_text("2")
+    assert version() == f"{commit}-dirty"
+
+
+def test_other_errors_of_the_system_are_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="input/output error"):
+        provenance.sync_folder(tmp_path)
+    with pytest.raises(OSError, match="input/output error"):
+        provenance.write_json(tmp_path / "a.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_a_quota_is_one_line(tmp_path: Path, number: int):
+    with pytest.raises(InputError, match=r"a.json: cannot be written .*make space and start again"):
+        with provenance.atomic_path(tmp_path / "a.json"):
+            raise OSError(number, "no more")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
+    for name in (".a.json.1.partial", "a.json"):
+        (tmp_path / name).touch()
+    with provenance.alone_in(tmp_path):
+        assert [file.name for file in tmp_path.iterdir()] == ["a.json"]

@@ -135,3 +135,37 @@ def test_a_cache_that_does_not_fit_or_is_not_there_is_read_where_it_is(
         assert staging.stage_cache(cache) == cache
     assert "do not fit" in caplog.text
     assert staging.stage_cache(tmp_path / "none") == tmp_path / "none"
+
+
+def test_another_cache_has_a_copy_of_its_own_that_others_cannot_read(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("atexit.register", lambda _, copy, handle: os.close(handle))
+    first = staging.stage_cache(cache)
+    (cache / "values.npy").write_bytes(b"w" * 1000)
+    (cache / "manifest.json").write_text('{"made": "anew"}')
+    second = staging.stage_cache(cache)
+    assert [(copy / "values.npy").read_bytes()[:1] for copy in (first, second)] == [b"v", b"w"]
+    assert first.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_manifest_is_copied_last(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job that is killed while it copies leaves nothing that counts."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt if source.name == "values.npy" else AssertionError(source.name)
+
+    monkeypatch.setattr("shutil.copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        staging.stage_cache(cache)
+
+
+def test_a_copy_leaves_a_tenth_of_its_size_free(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("atexit.register", lambda _, copy, handle: os.close(handle))
+    usage = namedtuple("usage", "total used free")
+    for free, staged in ((1100, False), (1103, True)):  # of 1,002 bytes
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(2000, 2000 - free, free))
+        assert (staging.stage_cache(cache) != cache) == staged

@@ -18,6 +18,7 @@ from castbench.materials.structures import RecordError, cif_blocks
 from castbench.provenance import sha256_file
 
 Record = tuple[str, dict[str, Any] | RecordError]  # its name in messages, and what it says
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BATCH = 1_000
 LABELS_FILE = "labels.csv"  # of CIF files in one folder or archive; its first column has their names
 
@@ -75,12 +76,17 @@ def find_reader(path: Path) -> Callable[[Path], Iterator[Record]]:
 
 def uncompressed(path: Path) -> str:
     """A file's name without an ending that says how it is compressed."""
-    return path.stem if path.suffix.lower() in (".gz", ".zst") else path.name
+    return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
     """Open text that may be compressed (.gz, .zst). A truncated file raises OSError."""
-    return io.TextIOWrapper(pa.input_stream(str(path)), encoding="utf-8", errors="replace", newline="")
+    return decoded(pa.input_stream(str(path)))
+
+
+def decoded(stream: pa.NativeFile) -> io.TextIOWrapper:
+    """The text of a stream, without the mark that some programs begin it with."""
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
@@ -88,7 +94,7 @@ def read_json_lines(path: Path) -> Iterator[Record]:
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             name = f"{path.name}:{number}"
-            if number == 1 and line.lstrip("\ufeff \t\r\n").startswith("["):
+            if number == 1 and line.lstrip().startswith("["):
                 raise InputError(f"{path}: is a JSON array; write one record a line (jq -c '.[]')")
             if not line.strip():
                 continue
@@ -119,7 +125,7 @@ def parse_csv(file: str, lines: Iterable[str]) -> Iterator[Record]:
             cells = len(table.fieldnames or ())
             yield name, RecordError("unreadable record", f"not {cells} cells, as the header has")
         else:
-            yield name, {key.lstrip("\ufeff"): cell or None for key, cell in record.items()}
+            yield name, {key: cell or None for key, cell in record.items()}
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
@@ -175,7 +181,7 @@ def labelled(labels: Iterable[Record], crystals: Iterable[Record]) -> Iterator[R
         if isinstance(row, RecordError):
             yield name, row
             continue
-        identifier = str(next(iter(row.values()), "")).strip()
+        identifier = uncompressed(Path(str(next(iter(row.values()), "")).strip()))
         if identifier.lower().endswith(".cif"):
             identifier = identifier[: -len(".cif")]
         if identifier in rows:
@@ -195,7 +201,7 @@ def read_archive(path: Path) -> Iterator[Record]:
     """Read the CIF files of a tar archive as those of a folder; nothing is unpacked to disk."""
     tables = archived(path, lambda file: file.name == LABELS_FILE)
     labels = [record for file, text in tables for record in parse_csv(file.name, io.StringIO(text))]
-    cifs = archived(path, lambda file: is_cif(file) and file.name == uncompressed(file))
+    cifs = archived(path, is_cif)
     yield from labelled(labels, (record for file, text in cifs for record in parse_cif(file, text)))
 
 
@@ -206,7 +212,9 @@ def archived(path: Path, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path,
             if member.isfile() and wanted(Path(member.name)):
                 handle = archive.extractfile(member)
                 assert handle is not None
-                yield Path(member.name), handle.read().decode("utf-8", "replace")
+                compression = COMPRESSIONS.get(Path(member.name).suffix.lower())
+                content = pa.input_stream(pa.BufferReader(handle.read()), compression=compression)
+                yield Path(member.name), decoded(content).read()
 
 
 READERS = {

@@ -118,3 +118,16 @@ def test_the_reports_own_table(shared_data: Path, tmp_path: Path):
     split_compositions(own, tmp_path / "p.parquet", tmp_path / "c.parquet", tmp_path / "s.json")
     by_rows = json.loads((tmp_path / "s.json").read_text())["by_rows"]
     assert 0.4 < by_rows["n_leaked"] / by_rows["n_test"] < 0.6
+
+
+def test_a_missing_id_is_made_of_file_and_row(tmp_path: Path):
+    own = [row | {"id": row["id"] * (number % 2)} for number, row in enumerate(rows())]
+    table = pd.read_parquet(collected(tmp_path, own) / "polymorphs.parquet")
+    expected = [row["id"] or f"own.csv-{number}" for number, row in enumerate(own, 1)]
+    assert table["material_id"].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["formula", "formula_pretty", "reduced_formula"])
+def test_usual_names_of_a_formula_need_no_mapping(tmp_path: Path, name: str):
+    own = [{name: row["formula"]} | {key: row[key] for key in ("id", "hull", "gap")} for row in rows()]
+    assert len(pd.read_parquet(collected(tmp_path, own) / "polymorphs.parquet")) == len(rows())

@@ -83,3 +83,11 @@ def test_the_matrix_joins_the_three_and_is_zero_at_padding():
     assert matrix[0, :210] == pytest.approx(descriptors.element_table()[13])
     longest = 2 * math.pi / descriptors.LONGEST
     assert matrix[0, 210] == pytest.approx(math.sin(longest * 0.4), abs=1e-6)
+
+
+def test_wavelengths_are_steps_of_one_ratio_between_the_longest_and_the_shortest():
+    for width in descriptors.FRACTION_WIDTHS.values():
+        wavelengths = 2 * math.pi / descriptors.frequencies(width)
+        assert len(wavelengths) == width / 2
+        assert wavelengths[[0, -1]] == pytest.approx([4.0, 0.01], rel=1e-6)
+        assert np.ptp(wavelengths[1:] / wavelengths[:-1]) < 1e-5

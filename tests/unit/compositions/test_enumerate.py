@@ -121,3 +121,11 @@ def test_radii_are_shannons_at_the_nearest_coordination():
 def test_an_unknown_element_is_named():
     with pytest.raises(InputError, match="Xx"):
         list(enumeration.enumerate_candidates(OPEN | {"a": ["Xx"], "b": None, "x": ["O"]}))
+
+
+def test_of_two_assignments_that_fit_the_one_of_lower_tau_is_taken():
+    """Nd(II) and Ti(IV) have the t nearer to 1, and tau 3.87."""
+    found = by_formula(a=["Nd", "Ti"], b=["Nd", "Ti"], x=["O"], goldschmidt=[0.825, 1.059], bartel=4.18)
+    row = found[frozenset(("Nd", "Ti")), "O"]
+    assert (row["a"], row["states"]) == ("Nd", (3, 3, -2))
+    assert (row["t"], row["tau"]) == (pytest.approx(0.912, abs=1e-3), pytest.approx(1.982, abs=1e-3))

@@ -87,3 +87,10 @@ def test_packed_fractions_that_do_not_sum_are_refused():
     numbers[1, 1], fractions[1, 0] = 0, 0.5
     with pytest.raises(ValueError, match="without an element"):
         check_fractions(numbers, fractions)
+
+
+def test_fractions_may_be_off_by_rounding_alone():
+    assert parse_formula({"Li": 0.3333, "O": 0.6667}) == Composition("LiO2")
+    assert parse_formula({"Li": 0.33, "O": 0.67}) == Composition("Li33O67")
+    with pytest.raises(RecordError, match=r"they sum to 0\.99"):
+        parse_formula({"Ca": 0.2, "Ti": 0.2, "O": 0.59})

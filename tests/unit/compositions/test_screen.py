@@ -17,6 +17,7 @@ from castbench.compositions.screen import (
     enrichment,
     formula_key,
     screen_compositions,
+    validate_pool,
     validate_screening,
 )
 from castbench.errors import InputError
@@ -158,6 +159,7 @@ def test_hidden_compounds_are_looked_for_among_what_is_unknown(data: Path, runs:
     stable = pd.read_parquet(data / "compositions.parquet").query("energy_above_hull <= 0")["formula"]
     assert found["n_hidden_stable"] == len(set(lists["test"]) & set(stable))
     pool = table[~table["formula"].isin(lists["train"] + lists["validation"])]
+    assert found["hidden_share"] == len(lists["test"]) / 36
     assert found["pools"]["allowed"]["n"] == len(pool)
     hidden = pool["formula"].isin(set(lists["test"]) & set(stable))
     assert found["pools"]["allowed"]["n_hidden"] == hidden.sum()
@@ -197,3 +199,18 @@ def test_matrix_and_attention_of_formulas(runs: Path, tmp_path: Path):
     assert not weights[..., 4].any()
     with pytest.raises(InputError, match=r"compositions.explain.*more elements than slots"):
         explain_compositions(settings | {"edm": "LiNaKRbCsO3"}, SEEDS, runs, tmp_path / "own.json")
+
+
+def test_a_pool_is_ranked_by_the_mean_and_by_every_seed():
+    pool = pd.DataFrame(
+        {
+            "known": ["test", "test", None, None, "test"], "known_stable": [True, False, None, None, True],
+            "stability_mean": [0.9, 0.1, 0.5, 0.2, 0.3], "stability_seed_1": [0.1, 0.9, 0.5, 0.6, 0.3],
+        }
+    )  # fmt: skip
+    found = validate_pool(pool, [1])
+    assert (found["n"], found["n_hidden"], found["n_hidden_unstable"]) == (5, 2, 1)
+    assert found["mean"]["roc_auc_pool"] == pytest.approx(5 / 6)
+    assert (found["mean"]["roc_auc_hidden"], found["1"]["roc_auc_hidden"]) == (1, 0)
+    assert [found[name]["enrichment"][0]["hits"] for name in ("mean", "1")] == [1, 0]
+    assert found["mean"]["curve"]["found"] == [0, 0.5, 0.5, 1, 1, 1]

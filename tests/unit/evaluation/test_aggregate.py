@@ -14,6 +14,9 @@ from castbench.evaluation.aggregate import (
     aggregate_runs,
     compared_pairs,
     is_paper_setting,
+    read_errors,
+    read_json,
+    write_csv,
 )
 from castbench.provenance import write_json
 from castbench.report.html import comparison_rows
@@ -109,6 +112,7 @@ def test_difference_to_the_paper_only_with_its_data_and_encoder(results):
     assert not is_paper_setting(settings | {"max_tokens": 128})
     table = pd.read_csv(aggregate(results, settings) / "table1.csv").set_index("model")
     assert table.loc["cast", "Total energy MAE minus paper (eV/atom)"] == pytest.approx(0.405 - 0.256)
+    assert table.loc["cast", "Total energy paper MAE mean (eV/atom)"] == 0.256
     assert "difference +0.149" in (results / "tables" / "table1.md").read_text()
     assert not is_paper_setting(settings | {"source": "local"})
     assert not is_paper_setting(settings | {"text_encoder": "minilm"})
@@ -148,6 +152,7 @@ def test_no_run_at_all_leaves_dashes(results):
     shutil.rmtree(results / "runs" / "band_gap" / "cast")
     markdown = (aggregate(results) / "table1.md").read_text()
     assert "| – [0/2 runs]<br>paper 0.354 (0.002) |" in markdown
+    assert " & -- [0/2 runs] & " in (results / "tables" / "table1.tex").read_text()
 
 
 def test_runs_of_models_that_are_not_configured_are_left_out(results):
@@ -222,3 +227,56 @@ def test_models_are_not_compared_on_fewer_than_five_crystals(results):
 def test_the_tables_are_the_same_bytes_again(results):
     first = {f.name: f.read_bytes() for f in aggregate(results).iterdir()}
     assert first == {f.name: f.read_bytes() for f in aggregate(results).iterdir()}
+
+
+def test_every_score_stands_in_its_own_column(results):
+    file = results / "runs" / "band_gap" / "cast" / "0" / "metrics.json"
+    scores = {"test": {"mae": 1.5, "rmse": 2.5, "r2": 0.25}, "validation": {"mae": 3.5, "rmse": 9, "r2": 0}}
+    started = {"pretrained": {"objective": "masked_node", "seed": 7}}
+    write_json(file, json.loads(file.read_text()) | scores | started)
+    runs = pd.read_csv(aggregate(results) / "runs.csv").set_index(["target", "model", "seed"])
+    row = runs.loc[("band_gap", "cast", 0)]
+    assert row[["mae", "rmse", "r2", "validation_mae"]].tolist() == [1.5, 2.5, 0.25, 3.5]
+    assert row["pretrained"] == "masked_node/7"
+
+
+def test_tables_have_six_digits(tmp_path):
+    frame = pd.DataFrame({"error": [0.123456789, 1.0], "n": [3.0, math.nan]})
+    write_csv(tmp_path / "a.csv", frame)
+    assert (tmp_path / "a.csv").read_text() == "error,n\n0.123457,3\n1,\n"
+
+
+def test_errors_are_those_of_test_crystals_alone(results):
+    errors = read_errors(results, "band_gap", "cast", [0, 1])
+    assert list(errors.index) == read_json(results / "splits" / "band_gap.json")["test"]
+    assert errors.to_numpy() == pytest.approx(0.405)
+
+
+def test_the_gain_of_the_text_is_that_of_each_group(results):
+    """The error of CAST grows with the number of the crystal, that of coGN is 1."""
+    for model in ("cast", "structure_only"):
+        for file in (results / "runs" / "total_energy" / model).glob("*/predictions.parquet"):
+            frame = pd.read_parquet(file)
+            place = frame["material_id"].str.removeprefix("m-").astype(int)
+            error = place / 100 if model == "cast" else 1.0
+            frame.assign(y_pred=frame["y_true"] + error).to_parquet(file)
+    index = pd.read_parquet(results / "tokens" / "index.parquet")
+    index.loc[[8, 9, 18, 19, 28], "has_text"] = False
+    index.to_parquet(results / "tokens" / "index.parquet")
+    gain = pd.read_csv(aggregate(results) / "text_gain.csv")
+    gain = gain[gain["target"] == "total_energy"].set_index(["by", "group"])
+    tested = [i for i in range(90) if i % 10 >= 8]
+    groups = {
+        ("all", "all"): tested,
+        ("crystal system", "triclinic"): [i for i in tested if i % 10 == 8],
+        ("crystal system", "trigonal"): [i for i in tested if i % 10 == 9],
+        ("sites", "5–8"): [i for i in tested if 5 <= 1 + i % 12 <= 8],
+        ("sites", "9–16"): [i for i in tested if 1 + i % 12 >= 9],
+        ("text", "none"): [8, 9, 18, 19, 28],
+        ("text", "read to its end"): [i for i in tested if i > 28 and 100 + 8 * i <= 512],
+        ("text", "truncated"): [i for i in tested if 100 + 8 * i > 512],
+    }
+    for group, members in groups.items():
+        assert gain.loc[group, "n"] == len(members) >= 5, group
+        mean = sum(members) / len(members) / 100 - 1
+        assert gain.loc[group, "difference"] == pytest.approx(mean, abs=1e-5), group

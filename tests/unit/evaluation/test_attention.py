@@ -234,3 +234,22 @@ def test_effective_tokens():
 
 def test_names():
     assert node_names([13, 52, 52, 52]) == ["Al1", "Te1", "Te2", "Te3"]
+
+
+@pytest.mark.parametrize(
+    ("why", "column", "value"),
+    [
+        ("CAST worse than coGN by most", "structure_only", -9.0),
+        ("pretraining changes the error most", "cast_scratch", -9.0),
+        ("shortest text", "tokens", 1),
+        ("fewest nodes", "nodes", 1),
+        ("lowest symmetry", "spacegroup", 1),
+        ("highest symmetry", "spacegroup", 230),
+    ],
+)
+def test_a_crystal_that_stands_out_is_picked_for_that(why, column, value):
+    columns = {"nodes": 4, "elements": 2, "tokens": 90, "cut": False, "spacegroup": 100}
+    columns |= {"cast": 0.5, "cast_scratch": 0.5, "structure_only": 0.5}
+    facts = pd.DataFrame(columns, index=pd.Index([f"c{i}" for i in range(40)], name="material_id"))
+    facts.loc["c39", column] = value  # the last one, which no tie takes
+    assert {"material_id": "c39", "why": why} in pick(facts, None)

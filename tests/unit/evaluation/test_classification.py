@@ -79,3 +79,10 @@ def test_the_reports_numbers_are_weighted_means_of_its_matrix():
         assert found[kind]["weighted"] == pytest.approx(known[f"{kind}_weighted"], abs=5e-5)
     assert report_row()["f1_positive_mean"] == pytest.approx(0.360, abs=1e-3)
     assert report_row()["f1_macro_mean"] == pytest.approx(0.612, abs=1e-3)
+
+
+def test_of_equally_good_thresholds_the_highest_is_taken():
+    truth, probability = np.array([1, 0, 0, 1, 0.0]), np.array([0.9, 0.8, 0.7, 0.6, 0.1])
+    f1 = [class_scores(truth, probability >= cut)["f1"]["positive"] for cut in (0.85, 0.35)]
+    assert f1[0] == f1[1]
+    assert choose_threshold(truth, probability) == pytest.approx(0.85)

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pymatgen.core import Lattice, Structure
 
 from castbench.cli import main
 from castbench.errors import InputError
-from castbench.evaluation.new_crystals import make_caches
+from castbench.evaluation.new_crystals import find_encoder, is_crystal, make_caches
 from castbench.evaluation.predict import finished_runs, predict
 from castbench.materials.readers import read_records
-from castbench.materials.records import Columns, to_table
+from castbench.materials.records import SCHEMA, Columns, to_table
 from castbench.materials.splits import write_split
 from castbench.provenance import package_versions, write_json
 from castbench.text.encoders import prefetch_encoder
@@ -319,3 +320,45 @@ def test_formulas_get_the_runs_own_bits_and_bad_ones_a_line(tmp_path, capsys, pr
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ERROR")]
     assert len(errors) == 2 and "CaXyO3: element without embedding" in errors[0]
     assert "1 of 3 have no prediction" in errors[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_at"),
+    [
+        ("a.cif", True), ("a.mcif", True), ("POSCAR", True), ("POSCAR_relaxed", True), ("CONTCAR", True),
+        ("a.vasp", True), ("a.xsf", True), ("a.res", True), ("vasprun.xml", True), ("vasprun_2.xml.gz", True),
+        ("a.json", True), ("A.CIF.zst", True), ("OUTCAR", False), ("a.xml", False), ("a.csv", False),
+    ],
+)  # fmt: skip
+def test_files_of_a_folder_that_are_looked_at(name, looked_at):
+    assert is_crystal(Path(name)) == looked_at
+
+
+def test_seeds_of_other_data_are_not_averaged_with_the_others(study, tmp_path):
+    runs = shutil.copytree(run_of(study, "structure_only"), tmp_path / "structure_only")
+    record = json.loads((runs / "2" / "metrics.json").read_text())
+    write_json(runs / "2" / "metrics.json", record | {"inputs": record["inputs"] | {"split": "another"}})
+    with pytest.raises(InputError, match="2: has other settings or data than"):
+        finished_runs(runs)
+
+
+def test_the_encoder_is_found_by_its_checksum(tmp_path):
+    for name in ("a", "b"):
+        write_json(tmp_path / name / "manifest.json", {"checksum": f"of {name}"})
+    assert find_encoder(tmp_path, "of b") == tmp_path / "b"
+    with pytest.raises(InputError, match="does not hold the text encoder of this run"):
+        find_encoder(tmp_path, "of c")
+
+
+@pytest.mark.parametrize("status", ["provided", "ok"])
+def test_a_text_that_comes_with_a_crystal_is_read_where_those_of_the_data_set_did(study, tmp_path, status):
+    results, new = tmp_path / "r", tmp_path / "new"
+    for name in ("graphs", "tokens"):
+        shutil.copytree(study / name, results / name)
+    write_json(results / "descriptions.json", {"by_status": {status: 36}})
+    table = pq.read_table(study / "materials.parquet").slice(0, 1).to_pylist()
+    new.mkdir()
+    pq.write_table(pa.Table.from_pylist([table[0] | {"text": "Own words."}], SCHEMA), new / "m.parquet")
+    make_caches(new / "m.parquet", new, results, study.parent / "encoders" / "tiny")
+    text = pq.read_table(new / "descriptions.parquet")["text"][0].as_py()
+    assert (text == "Own words.") == (status == "provided") and text

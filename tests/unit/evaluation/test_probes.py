@@ -301,3 +301,43 @@ def test_a_crystal_without_description_is_left_out_with_a_note(study, encoder, t
     note = json.loads(output.read_text())["note"]
     assert note.startswith(f"attention.text: {material} has no description in this data set")
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [note]
+
+
+def test_what_is_taken_out_is_what_the_condition_says(study, encoder, monkeypatch):
+    """By the texts that the model is asked about."""
+    subject, texts = subject_of(study, encoder, "cast"), []
+    reading = Reader.of(study / "tokens", encoder).read(TEXTS[0])
+    weights = {name: np.random.default_rng(seed).random(len(reading.ids)) for seed, name in
+               enumerate(("attention", "attribution"))}  # fmt: skip
+    for name, found in weights.items():
+        monkeypatch.setattr(subject, name, lambda *_, found=found: found)
+    monkeypatch.setattr(subject, "values", lambda _, asked: texts.extend(asked) or np.zeros(len(asked)))
+    ids, inner, other = reading.ids, reading.inner, np.arange(4)
+    rows = list(subject.probe(1, reading, other, np.random.default_rng(0)))[-len(texts) :]
+    whole = {"own": ids, "another crystal's": other, "none": ids[:1]}
+    orders = {"delete attended": "attention", "delete attributed": "attribution"}
+    for row, text in zip(rows, texts, strict=True):
+        places = np.flatnonzero(reading.part == LABELS.index(row.part)) if row.part else None
+        if row.condition in whole:
+            assert np.array_equal(text, whole[row.condition])
+        elif row.condition == "without":
+            assert np.array_equal(text, np.delete(ids, places)) and row.share == len(places) / len(inner)
+        elif row.condition == "random":
+            assert len(text) == len(ids) - len(places) and (text[0], text[-1]) == (ids[0], ids[-1])
+        elif row.condition == "only formula":
+            kept = (reading.part == LABELS.index("formula")) | (reading.part == SPECIAL)
+            assert np.array_equal(text, ids[kept])
+        elif row.condition in orders:
+            first = sorted(inner, key=lambda place: -weights[orders[row.condition]][place])
+            assert np.array_equal(text, np.delete(ids, first[: round(row.share * len(inner))]))
+        elif row.condition == "delete random":
+            assert len(text) == len(ids) - round(row.share * len(inner))
+    assert {row.condition for row in rows} == {
+        *whole, *orders, "without", "random", "only formula", "delete random", "sentences shuffled",
+    }  # fmt: skip
+
+
+def test_the_text_of_another_crystal_is_another(folder):
+    frame = read(folder, "cast").query("seed == 0").set_index("material_id")
+    own, other = (frame.loc[frame["condition"] == name, "value"] for name in ("own", "another crystal's"))
+    assert (own - other).abs().max() > 1e-6

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from castbench.evaluation.statistics import (
@@ -6,6 +7,7 @@ from castbench.evaluation.statistics import (
     dataset_statistics,
     mean_baseline,
     mean_interval,
+    read_crystals,
     read_split,
     read_values,
 )
@@ -76,3 +78,12 @@ def test_fewer_than_five_crystals_give_no_mean_since_they_give_no_interval():
     assert np.isfinite(mean_interval(np.arange(5.0))).all()
     mean, low, high = mean_interval(np.arange(100.0))
     assert mean == 49.5 and 42 < low < 46 and 53 < high < 57
+
+
+def test_a_crystal_without_a_graph_has_no_number_of_nodes(tmp_path):
+    results = write_results(tmp_path, SETTINGS | {"targets": ["band_gap"], "models": ["cast"]})
+    index = pd.read_parquet(results / "graphs" / "index.parquet")
+    index.loc[1, ["status", "n_nodes"]] = ["failed: no atoms", 0]
+    index.to_parquet(results / "graphs" / "index.parquet")
+    nodes = read_crystals(results)["n_nodes"]
+    assert np.isnan(nodes["m-1"]) and nodes.isna().sum() == 1

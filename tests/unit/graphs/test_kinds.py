@@ -114,3 +114,22 @@ def test_packed_graphs_have_the_arrays_of_their_kind(encoder, tmp_path, prototyp
     assert {path.stem for path in tmp_path.glob("*.npy")} == {
         "node_offsets", "edge_offsets", "atomic_numbers", "multiplicities", *packed.edge_arrays,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "distances"), [(3.99, [3.0, 3.99]), (4.01, [3.0])])
+def test_megnets_radius_is_that_of_its_publication(height, distances):
+    """4 angstrom: more than the height of one cell and less than that of the other."""
+    graph = build("megnet", Structure(Lattice.tetragonal(3, height), ["C"], [[0, 0, 0]]))
+    assert graph.distances == pytest.approx(distances)
+
+
+def test_symmetry_that_cannot_be_told_twice_alike_is_not_used_and_changes_no_sum(prototypes, monkeypatch):
+    expected = {name: build("alignn", structure) for name, structure in prototypes.items()}
+    monkeypatch.setattr("castbench.graphs.reciprocal.to_representatives", lambda *_: None)
+    for name, structure in prototypes.items():
+        graphs = build("alignn", structure), expected[name]
+        assert len(graphs[0].atomic_numbers) >= len(graphs[1].atomic_numbers)
+        atoms, bonds = zip(
+            *((g.multiplicities.sum(), g.multiplicities[g.edge_target].sum()) for g in graphs), strict=True
+        )
+        assert atoms[0] == pytest.approx(atoms[1]) and bonds[0] == pytest.approx(bonds[1]), name

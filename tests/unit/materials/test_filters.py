@@ -20,6 +20,7 @@ OFF = {
     "max_modulus": None,
     "exclude_noble_gases": False,
     "exclude_metals": False,
+    "abx3": False,
 }
 PAPER = {
     "max_formation_energy": 0.15,
@@ -214,6 +215,7 @@ def test_sample_comes_first_and_depends_on_ids_and_seed_alone(run, salt):
     [
         ({"k_reuss": 8.0}, False),
         ({"g_vrh": 9.0}, False),
+        ({"k_reuss": 8 - 1e-9}, False),  # one number, up to rounding
         ({"g_vrh": None}, False),
         ({"k_reuss": 7.9, "g_voigt": 8.1}, True),
     ],
@@ -379,3 +381,12 @@ def test_real_elastic_crystals(run, elastic4):
         assert (reuss <= vrh + 1e-6).all() and (vrh <= voigt + 1e-6).all()
     isotropic = sum(row["g_voigt"] is not None and row["k_voigt"] == row["k_reuss"] for row in rows)
     assert isotropic > 500, "cubic crystals have one bulk modulus, and stay"
+
+
+def test_every_noble_gas_is_one(run, salt):
+    gases = ["He", "Ne", "Ar", "Kr", "Xe", "Rn", "Og"]
+    records = variants(salt, *({"species": ["Cs", gas]} for gas in gases))
+    rows, funnel = run(records, OFF | {"exclude_noble_gases": True})
+    assert [row["material_id"] for row in rows] == ["salt-1"]
+    steps = {step["filter"]: step["removed"] for step in funnel["steps"]}
+    assert steps["exclude_noble_gases"] == len(gases)

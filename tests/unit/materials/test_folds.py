@@ -1,6 +1,7 @@
 """The folds are Matbench's own, and the splits of a fold keep its test crystals out of everything else."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from castbench.labels import FOLDS, MATBENCH
 from castbench.materials.folds import check_published, make_folds, split_matbench
 from castbench.materials.matbench import make_ids, published
 from castbench.materials.splits import load_split
+from castbench.provenance import sha256_file
 from matbench_data import values, write_task
 
 REGRESSIONS = [task for task, target in MATBENCH.items() if target.task == "regression"]
@@ -90,3 +92,24 @@ def test_a_task_without_usable_crystals_is_a_gap(tmp_path):
     _, folds, _ = split(tmp_path, 0, without=list(make_ids(JDFT, 40)))
     assert {fold["status"] for fold in folds} == {"too_few"}
     assert "no crystal is left in train" in json.dumps(folds[0])
+
+
+def test_folds_of_the_published_file_are_compared_with_the_published(tmp_path, monkeypatch):
+    """Here of a smaller file, which is taken for it."""
+
+    def of_this_file(task):
+        return replace(published(task), sha256=sha256_file(tmp_path / f"{task}.json.gz"))
+
+    monkeypatch.setattr("castbench.materials.folds.published", of_this_file)
+    with pytest.raises(InputError, match="matbench_jdft2d: its folds are not those that Matbench published"):
+        split(tmp_path, 0)
+
+
+def test_folds_of_a_classification_have_its_classes(tmp_path):
+    path = write_task(tmp_path, METAL, 50)
+    pq.write_table(pa.table({"material_id": list(make_ids(METAL, 50))}), tmp_path / "m.parquet")
+    settings = {"files": {METAL: str(path)}, "validation": 0, "seed": 0}
+    split_matbench(settings, tmp_path / "m.parquet", tmp_path / "splits", tmp_path / "tasks")
+    table = pq.read_table(tmp_path / "tasks" / f"{METAL}.parquet")
+    metals = table["fold"].to_numpy()[table["value"].to_numpy() == 1]
+    assert np.bincount(metals).tolist() == [4] * FOLDS

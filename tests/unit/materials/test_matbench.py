@@ -143,3 +143,9 @@ def test_a_download_that_is_not_the_published_file_leaves_nothing(tmp_path, serv
     with pytest.raises(InputError, match=said):
         fetch_matbench(JDFT, tmp_path / "got" / "a.json.gz")
     assert not any((tmp_path / "got").iterdir())
+
+
+def test_the_published_file_is_known_by_its_hash(served):
+    path = served()
+    _, manifest = collect(path.parent, JDFT)
+    assert [file["published"] for file in manifest["files"]] == [True]

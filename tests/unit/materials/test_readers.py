@@ -110,12 +110,21 @@ def test_folder_and_archive_of_cifs_give_the_same_records(tmp_path, salt_cif):
     (folder / "more").mkdir(parents=True)
     for name in ("b.cif", "a.cif", "more/c.cif", "._a.cif", "notes.txt"):
         (folder / name).write_text(salt_cif)
+    (folder / "d.cif.gz").write_bytes(gzip.compress(salt_cif.encode()))
+    (folder / "labels.csv").write_text("file,band_gap\nd.cif.gz,2")
     archive = tmp_path / "crystals.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "crystals")
-    expected = {name: {"material_id": name, "cif": salt_cif} for name in "abc"}
-    assert [record for _, record in read_records(folder)] == list(expected.values())
+    expected = {name: {"material_id": name, "cif": salt_cif} for name in "abcd"}
+    expected["d"] |= {"file": "d.cif.gz", "band_gap": "2"}
+    assert {record["material_id"]: record for _, record in read_records(folder)} == expected
     assert {record["material_id"]: record for _, record in read_records(archive)} == expected
+
+
+def test_the_mark_that_some_programs_begin_a_file_with_is_no_part_of_it(tmp_path):
+    path = tmp_path / "crystals.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b"}\n', encoding="utf-8-sig")
+    assert [record for _, record in read_records(path)] == [{"id": "a"}, {"id": "b"}]
 
 
 def test_fingerprint_of_a_folder_follows_its_files(tmp_path, salt_cif):
@@ -140,3 +149,34 @@ def test_real_archive_of_cifs(shared_data):
     name, record = next(records)
     assert name == f"{record['material_id']}.cif"
     assert record["cif"].startswith(("data_", "#"))
+
+
+def test_a_table_that_begins_with_a_mark_of_its_encoding(tmp_path, salt_cif):
+    """As spreadsheets write CSV."""
+    path = tmp_path / "a.csv"
+    path.write_text(f'id,cif\nx,"{salt_cif}"\n', encoding="utf-8-sig")
+    assert [record for _, record in read_records(path)] == [{"id": "x", "cif": salt_cif}]
+
+
+def test_labels_do_not_replace_the_crystal_that_they_are_of(tmp_path, salt_cif):
+    (tmp_path / "a.cif").write_text(salt_cif)
+    (tmp_path / "labels.csv").write_text("material_id,cif,band_gap\n a.cif ,in the folder,1.5\n")
+    assert [record for _, record in read_records(tmp_path)] == [
+        {"material_id": "a", "cif": salt_cif, "band_gap": "1.5"}
+    ]
+
+
+def test_compressed_cifs_of_a_folder_are_read(tmp_path, salt_cif):
+    (tmp_path / "a.cif.gz").write_bytes(gzip.compress(salt_cif.encode()))
+    (tmp_path / "b.cif.zst").write_bytes(zstandard.compress(salt_cif.encode()))
+    assert [record for _, record in read_records(tmp_path)] == [
+        {"material_id": name, "cif": salt_cif} for name in "ab"
+    ]
+
+
+def test_fingerprint_of_a_folder_follows_its_names(tmp_path, salt_cif):
+    """They are the ids."""
+    (tmp_path / "a.cif").write_text(salt_cif)
+    before = fingerprint(tmp_path)["sha256"]
+    (tmp_path / "a.cif").rename(tmp_path / "b.cif")
+    assert fingerprint(tmp_path)["sha256"] != before

@@ -63,3 +63,54 @@ def test_table_has_the_schema(salt):
     assert table.column("spacegroup").to_pylist() == [221]
     assert table.column("n_sites").to_pylist() == [2]
     assert table.column("origin").to_pylist() == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("column", "possible", "impossible"),
+    [
+        ("energy_per_atom", -1e6, -1e8),  # of all electrons
+        ("formation_energy_per_atom", -99.0, -101.0),
+        ("formation_energy_per_atom", 99.0, 101.0),
+        ("energy_above_hull", -0.9, -1.0),
+        ("energy_above_hull", 99.0, 101.0),
+        ("band_gap", 99.0, 101.0),
+    ],
+)
+def test_numbers_that_no_crystal_has_are_missing(column, possible, impossible):
+    assert read_label(possible, column) == possible
+    assert read_label(impossible, column) is None
+
+
+@pytest.mark.parametrize("identifier", ["mp_id", "id"])
+def test_usual_names_need_no_mapping(salt, identifier):
+    usual = {"lattice": "cell", "species": "elements", "frac_coords": "frac", "text": "description"}
+    usual |= {"material_id": identifier, "energy_above_hull": "e_above_hull"}
+    record = {usual.get(name, name): value for name, value in salt.items()}
+    found, expected = (Columns({}).read(given, "a:1", "test") for given in (record, salt))
+    assert (found.material_id, found.digest()) == (expected.material_id, expected.digest())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lattice": [[4.2, 0, 0], [0, 4.1, 0], [0, 0, 4.1]]},
+        {"species": ["Cs", "Br"]},
+        {"frac_coords": [[0, 0, 0], [0.5, 0.5, 0.4]]},
+        {"text": "It is salt."},
+        {"k_vrh": None},
+    ],
+)
+def test_a_record_with_another_word_is_no_repetition(salt, change):
+    one, other = (Columns({}).read(given, "a:1", "test") for given in (salt, salt | change))
+    assert one.digest() != other.digest()
+    assert one.digest() == Columns({}).read(salt | {"material_id": "b"}, "a:2", "test").digest()
+
+
+def test_a_text_that_is_none_is_missing(salt):
+    for text in ("  ", 7, ["a"]):
+        assert Columns({}).read(salt | {"text": text}, "a:1", "test").text is None
+
+
+def test_a_mapping_may_name_what_the_other_study_reads(collect, salt):
+    table, _ = collect([salt], {"formula": "pretty"})
+    assert len(table) == 1

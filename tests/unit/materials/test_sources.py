@@ -182,3 +182,13 @@ def test_real_crystals_by_the_mapping_of_the_readme(elastic4):
     assert {name: row[name] for name in expected} == expected
     volume = np.linalg.det(np.reshape(row["structure"]["lattice"], (3, 3)))
     assert volume == pytest.approx(3.291599 * 5.626573 * 6.507722)
+
+
+def test_the_first_rejected_records_are_named_and_all_are_counted(collect, salt, monkeypatch):
+    monkeypatch.setattr(sources, "LISTED", 2)
+    _, manifest = collect([salt, {"id": "a"}, {"id": "b"}, {"id": "c"}])
+    assert [entry["record"] for entry in manifest["rejected"]] == [
+        "a (crystals.jsonl:2)",
+        "b (crystals.jsonl:3)",
+    ]
+    assert manifest["by_reason"] == {"missing structure": 3}

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -214,3 +215,21 @@ def test_packed_crystals_come_back_from_any_slice():
         assert one.species == other.species
         np.testing.assert_array_equal(one.lattice, other.lattice)
         np.testing.assert_array_equal(one.frac_coords, other.frac_coords)
+
+
+def test_overlap_of_more_atoms_than_are_compared_at_once():
+    grid = np.array(list(itertools.product(range(11), repeat=3))) / 11  # 1,331 atoms, 3 angstrom apart
+    assert overlap(Crystal(np.eye(3) * 33, ["H"] * len(grid), grid)) is None
+    grid[-1] = grid[0] + [0.01, 0, 0]
+    assert overlap(Crystal(np.eye(3) * 33, ["H"] * len(grid), grid)) == pytest.approx(0.33)
+
+
+def test_a_cif_goes_before_a_structure(salt_cif):
+    other = {**SALT, "species": ["K", "F"]}
+    assert read_crystal({"cif": salt_cif, "structure": other}).formula == "CsCl"
+
+
+@pytest.mark.parametrize(("shift", "group"), [(0.0005, 221), (0.005, 99)])
+def test_symmetry_is_that_within_a_hundredth_of_an_angstrom(shift, group):
+    moved = read_crystal({**SALT, "frac_coords": [[0, 0, 0], [0.5, 0.5, 0.5 + shift]]})
+    assert symmetry(moved)[0] == group

@@ -1,6 +1,8 @@
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from castbench.materials.records import LABELS
 from castbench.materials.targets import target_values
 
 
@@ -17,3 +19,20 @@ def test_moduli_become_logarithms_and_the_impossible_ones_nan():
 def test_column_of_nulls_alone():
     table = pa.table({"g_vrh": pa.array([None, None], pa.float64())})
     assert np.isnan(target_values(table, "log_shear_modulus")).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "column"),
+    [
+        ("total_energy", "energy_per_atom"),
+        ("formation_energy", "formation_energy_per_atom"),
+        ("band_gap", "band_gap"),
+        ("energy_above_hull", "energy_above_hull"),
+        ("log_shear_modulus", "g_vrh"),
+        ("log_bulk_modulus", "k_vrh"),
+    ],
+)
+def test_every_target_has_its_column(target, column):
+    values = {name: [1.0] for name in LABELS} | {column: [10.0]}
+    expected = 1.0 if target.startswith("log") else 10.0
+    assert target_values(pa.table(values), target) == [expected]

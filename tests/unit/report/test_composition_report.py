@@ -12,11 +12,17 @@ from castbench.compositions.targets import threshold_text
 from castbench.deviations import deviations
 from castbench.evaluation.classification import class_scores
 from castbench.evaluation.compositions import (
+    absolute_errors,
+    calibration_table,
     class_row,
+    class_table,
     difference,
     enrichment_table,
     number_table,
+    pair,
     read_structure_run,
+    report_row,
+    run_table,
     score_run,
 )
 from castbench.provenance import write_json
@@ -163,3 +169,71 @@ def test_each_study_shows_its_own_deviations(root: Path):
     assert {"element_features", "graphs", "structure_encoders"} <= {entry["id"] for entry in shared}
     assert all(entry["id"].startswith("edm_") for entry in compositions)
     assert not any(entry["id"].startswith("edm_") for entry in cast)
+
+
+def test_a_structure_model_ranks_by_the_energy_above_hull_that_it_predicts(tmp_path: Path):
+    ids, splits = [f"m-{i}" for i in range(8)], ["validation"] * 4 + ["test"] * 4
+    known = pd.DataFrame({"material_id": ids, "formula": list("abcdefgh")})
+    known.to_parquet(tmp_path / "compositions.parquet")
+    truth = {"band_gap": np.arange(8.0), "energy_above_hull": np.array([0.0, 0.1, 0.02, 0.3] * 2)}
+    for target, values in truth.items():
+        folder = tmp_path / "runs" / target / "cast" / "0"
+        write_json(folder / "metrics.json", {"status": "finished", "n": {"test": 4}, "parameters": {}})
+        write_json(folder / "cost.json", {"seconds": 2.0 if target == "band_gap" else 3.0})
+        table = {"material_id": ids, "split": splits, "y_true": values, "y_pred": values + 0.5}
+        pd.DataFrame(table).to_parquet(folder / "predictions.parquet")
+    settings = SETTINGS | {"classification": {"stability": 0.02}, "targets": list(truth)}
+    found = read_structure_run(settings, tmp_path, "cast", 0)
+    assert found["scores"]["band_gap"]["test"]["mae"] == pytest.approx(0.5)
+    own = found["scores"]["stability"]
+    assert own["threshold"] == pytest.approx(-0.56)  # half-way between 0.52 and 0.6
+    assert own["test"]["roc_auc"] == 1 and own["test"]["at_threshold"]["confusion"] == [[2, 0], [0, 2]]
+    assert found["cost"]["seconds"] == 5.0
+    settings |= {"models": [], "structure_models": ["cast"], "seeds": [0]}
+    table = class_table({("cast", 0): found}, settings).set_index("model")
+    assert table.loc["cast", "cut"] == "at_threshold" and table.loc["cast", "n_test"] == 4
+    assert np.isnan(table.loc["cast", "probability_mean"])  # its threshold is an energy
+
+
+def test_the_table_of_classes_has_both_cuts_and_the_reports_row(runs: dict):
+    table = class_table(runs, SETTINGS).set_index(["model", "cut"])
+    half, chosen = (table.loc[("baseline", cut)] for cut in ("at_half", "at_threshold"))
+    assert (half["accuracy_mean"], chosen["accuracy_mean"], chosen["accuracy_std"]) == (0.5, 1, 0)
+    assert half["probability_mean"] == 0.5 and chosen["probability_mean"] == pytest.approx(0.25)
+    assert (half["finished"], half["expected"], half["n_test"]) == (2, 2, 6)
+    test = runs["baseline", 0]["scores"]["stability"]["test"]
+    assert chosen["ece_mean"] == pytest.approx(test["calibration"]["ece"])
+    assert chosen["roc_auc_mean"] == test["roc_auc"] == 1
+    assert table.loc[("edm_report", "at_half"), "accuracy_mean"] == report_row()["accuracy_mean"]
+
+
+def test_spread_over_seeds_is_the_samples(runs: dict):
+    runs["baseline", 1] = record(2.0)
+    table = number_table(runs, SETTINGS).set_index("model")
+    assert table.loc["baseline", "mae_mean"] == 1.5
+    assert table.loc["baseline", "mae_std"] == pytest.approx(np.std([1, 2], ddof=1))
+
+
+def test_the_table_of_runs_has_scores_at_the_chosen_threshold(runs: dict):
+    table = run_table(runs, SETTINGS).set_index(["model", "seed"])
+    row = table.loc[("baseline", 0)]
+    assert row["band_gap_mae"] == pytest.approx(1) and row["stability_threshold"] == pytest.approx(0.25)
+    assert (row["stability_accuracy"], row["stability_f1_macro"]) == (1, 1)
+    assert table.loc[("edm_transformer", 1), "status"] == "missing"
+
+
+def test_calibration_is_that_of_the_test_part(runs: dict):
+    predictions = runs["baseline", 0]["predictions"]
+    predictions.loc[predictions["split"] == "test", "stability_pred"] += 0.5
+    runs["baseline", 0]["scores"] = score_run(predictions, ["band_gap"], ["stability"])
+    table = calibration_table(runs, SETTINGS).set_index(["model", "seed", "bin"])
+    assert table.loc[("baseline", 0), "n"].tolist() == [0, 0, 0, 0, 0, 0, 2, 1, 1, 2]
+    assert table.loc[("baseline", 1), "n"].tolist() == [0, 2, 1, 1, 2, 0, 0, 0, 0, 0]
+
+
+def test_errors_are_of_test_formulas_whose_value_is_known():
+    frame = record(1.0)["predictions"]
+    frame.loc[11, "band_gap_true"] = np.nan
+    errors = absolute_errors([{"predictions": frame}], "band_gap")
+    assert errors.index.tolist() == list("ghijk")
+    assert len(pair(frame, "band_gap", "test")[0]) == 5

@@ -1,6 +1,7 @@
 """Predictions scale what was measured, and the schedule knows what waits for what."""
 
 import copy
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import yaml
 
 from castbench.errors import InputError
 from castbench.materials.splits import write_split
+from castbench.provenance import write_json
 from castbench.report.prediction import (
     Job,
     planned_disk,
@@ -18,9 +20,10 @@ from castbench.report.prediction import (
     predict_cost,
     schedule,
     settings_of,
+    stage_hours,
 )
-from castbench.report.rates import Rates, Spent, fit
-from castbench.report.work import CrystalSize, EncoderShape, step_work
+from castbench.report.rates import Rates, Spent, fit, measure, total_bytes
+from castbench.report.work import CrystalSize, EncoderShape, embedding_work, step_work
 
 SHAPE = EncoderShape(6, 384, 1536)
 SIZE = CrystalSize(nodes=2.0, edges=8.0, tokens_full=100.0, tokens=90.0)
@@ -177,3 +180,129 @@ def test_a_run_that_has_not_finished_says_what_it_lacks(root: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"descriptions\.json: missing"):
         predict_cost([root / "config.yaml"], tmp_path, tmp_path / "cost.json")
     assert not list(tmp_path.glob("cost*"))
+
+
+@pytest.fixture
+def pilot(results: Path) -> Path:
+    """The finished run itself: two models, of which one has two seeds, and a pretraining."""
+    encoder = results.parent / "encoders" / "bert"
+    write_json(encoder / "manifest.json", {"checksum": "c"})
+    sizes = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}
+    write_json(encoder / "config.json", sizes)
+    write_json(results / "descriptions.json", {"n": 4, "seconds": {"total": 60.0}})
+    write_json(results / "tokens/manifest.json", {"max_tokens": 120, "encoder": {"checksum": "c"}})
+    write_json(results / "tokens/cost.json", {"seconds": 30.0, "cpu_seconds": 99.0})
+    write_json(results / "graphs/manifest.json", {"settings": {"neighbours": 24}})
+    write_json(results / "graphs/cost.json", {"seconds": 99.0, "cpu_seconds": 12.0})
+    write_json(results / "text_states/0/cost.json", {"seconds": 5.0})
+    (results / "descriptions").mkdir()
+    for shard in ("0", "1"):
+        (results / "descriptions" / f"{shard}.parquet").write_bytes(b"x" * 100)
+    architecture = {"cogn": {"width": 8, "depth": 1}}
+    settings = {"text": "none", "architecture": architecture}
+    hardware = {"device": "cpu", "cpu": "a processor", "threads": 2, "gpus": []}
+    runs = {
+        "runs/total_energy/structure_only/0": {"model": "structure_only", "target": "total_energy"},
+        "runs/total_energy/structure_only/1": {"model": "structure_only", "target": "total_energy"},
+        "pretrain/masked_node/0": {"objective": "masked_node"},
+    }
+    for place, named in runs.items():
+        record = named | {"status": "finished", "n": {"train": 3}, "epochs": 2, "steps": 10}
+        write_json(results / place / "metrics.json", record)
+        write_json(results / place / "cost.json", {"seconds": 4.0, "hardware": hardware})
+        write_json(results / place / "config.json", settings)
+    weights = results / "runs/total_energy/structure_only/checkpoints/1/weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"x" * 10_000)
+    for rule, job, seconds in (
+        ("train_model", "total_energy.structure_only", 11.0),
+        ("describe_shard", "0", 33.0),
+        ("describe_shard", "1", 35.0),
+    ):
+        file = results / "benchmarks" / rule / f"{job}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"s\th:m:s\n{seconds}\t0:00:00\n")
+    return results
+
+
+def test_rates_are_what_was_spent_over_what_was_done(pilot: Path):
+    found = measure(pilot)
+    size = CrystalSize(nodes=2.0, edges=8.0, tokens_full=100.0, tokens=(50 + 100 + 120) / 3)
+    assert (found.size, found.shape, found.neighbours) == (size, SHAPE, 24)
+    assert (found.crystals, found.n, found.share) == (4, {"total_energy": 3}, 3 / 4)
+    assert found.describe == pytest.approx(60 / 6)  # three crystals of two nodes
+    assert found.graphs == pytest.approx(12 / 6)
+    assert found.tokenize == pytest.approx(30 / 300)
+    assert found.embed == pytest.approx(5 / (3 * embedding_work(0, SHAPE, size)))
+    assert found.start == pytest.approx(11 - 2 * 4)
+    assert found.start_describe == pytest.approx(((33 - 30) + (35 - 30)) / 2)
+    assert found.device == "a processor, 2 thread(s)"
+    assert found.run_bytes > 10_000
+    assert found.node_bytes == pytest.approx(total_bytes(pilot / "graphs") / 6)
+    written = total_bytes(pilot / "descriptions") + total_bytes(pilot / "tokens")
+    assert found.token_bytes == pytest.approx(written / 300) and written > 200
+    # a and b, which have a graph, of the training crystals of the target
+    settings = found.settings["structure_only"]
+    own = step_work(settings, SHAPE, CrystalSize(1.5, 6.0, 75.0, 75.0))
+    assert found.done == pytest.approx(
+        {"structure_only": own, "masked_node": step_work(settings, SHAPE, size)}
+    )
+    for name, runs in (("structure_only", 2), ("masked_node", 1)):
+        # The seconds of its runs, whatever the fit says.
+        assert found.seconds(name, 10 * runs, 6 * runs * found.done[name]) == pytest.approx(4 * runs)
+
+
+def test_a_sample_of_the_papers_data_has_its_share_of_them(config: dict, tmp_path: Path):
+    config["materials"] |= {"source": "materials_project", "sample": 11_440}
+    sizes = planned_sizes(config, rates(), tmp_path, None)
+    assert sizes.crystals == 11_440
+    assert sizes.train["band_gap"] == round(52371 * 11_440 / 114398)
+
+
+def test_more_neighbours_are_more_edges(config: dict, results: Path):
+    config["targets"] = ["total_energy"]
+    config["graphs"] = config["graphs"] | {"neighbours": 48}
+    sizes = planned_sizes(config, rates(), results, None)
+    assert (sizes.all.edges, sizes.of["total_energy"].edges) == (16.0, 12.0)
+
+
+def test_hours_are_of_every_core_and_disk_of_every_run(config: dict, results: Path):
+    jobs = [Job("build_graphs", "graphs", 3600.0, cores=8), Job("train_model", "m", 1800.0, device=True)]
+    assert stage_hours([*jobs, jobs[0]]) == {
+        "build_graphs": {"jobs": 2, "hours": 16.0, "of": "core"},
+        "train_model": {"jobs": 1, "hours": 0.5, "of": "device"},
+    }
+    config["targets"] = ["total_energy"]
+    sizes = planned_sizes(config, rates(), results, None)
+    measured = rates()
+    before = planned_disk(config, measured, sizes, SHAPE)
+    measured.run_bytes = 1e9
+    runs = (2 + 1) * len(config["training"]["seeds"])  # two models, and the pretraining of one
+    assert planned_disk(config, measured, sizes, SHAPE) - before == pytest.approx(runs)
+
+
+def test_the_longest_job_starts_first():
+    jobs = [Job("train_model", str(i), seconds, device=True) for i, seconds in enumerate((1.0, 1.0, 2.0))]
+    assert schedule(jobs, 2, 1)[0] == 2.0
+
+
+def test_the_prediction_adds_up(root: Path, pilot: Path, tmp_path: Path):
+    """Of the run itself: one model on one target, whose seeds one job trains."""
+    own = {"models": ["structure_only"], "targets": ["total_energy"], "max_tokens": 120}
+    own |= {"training": {"epochs": 2, "batch_size": 1, "seeds": [0, 1]}, "text": {"shards": 2}}
+    own |= {"architecture": {"cogn": {"width": 8, "depth": 1}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    predict_cost([root / "config.yaml", tmp_path / "own.yaml"], pilot, tmp_path / "cost.json", gpus=[1, 8])
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    stages = cost["stages"]
+    kinds = {"device": "device_hours", "core": "core_hours"}
+    for kind, total in kinds.items():
+        hours = [stage["hours"] for stage in stages.values() if stage["of"] == kind]
+        assert cost[total] == pytest.approx(sum(hours)) and hours
+    steps = 2 * 2 * 3  # seeds, epochs, crystals; of the two runs that were measured it was 20
+    rate = measure(pilot)
+    took = rate.seconds("structure_only", steps, 12 * rate.done["structure_only"]) + rate.start
+    assert stages["train_model"] == {"jobs": 1, "hours": pytest.approx(took / 3600), "of": "device"}
+    for wall in cost["wall"].values():
+        assert wall["hours"] == pytest.approx(sum(wall["critical_path_hours"].values()))
+    assert cost["wall"]["1"]["hours"] >= cost["device_hours"]

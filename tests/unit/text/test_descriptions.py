@@ -1,6 +1,7 @@
 import ctypes
 import gc
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from castbench.errors import InputError
-from castbench.text.descriptions import Worker, describe_shard, gather_descriptions
+from castbench.text.descriptions import SHARD_SCHEMA, Worker, describe_shard, gather_descriptions
 
 STRUCTURE = pa.struct(
     [
@@ -141,3 +142,25 @@ def test_descriptions_of_robocrystallographer(tmp_path: Path, caplog: pytest.Log
     assert "All Na(1)-Cl(1) bond lengths are 2.85" in rows[0]["text"]
     assert "Mg(1)2+" in rows[2]["text"] and "O(1)2-" in rows[2]["text"]
     assert 0 < rows[2]["seconds"] < 120
+
+
+def test_seconds_are_added_up_and_their_quantiles_given(tmp_path: Path) -> None:
+    rows = [
+        {"row": i, "material_id": f"m-{i}", "text": "t", "status": "ok", "seconds": float(i)}
+        for i in range(101)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, SHARD_SCHEMA), tmp_path / "0.parquet")
+    gather_descriptions([tmp_path / "0.parquet"], tmp_path / "d.parquet", tmp_path / "s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["seconds"] == {"total": 5050.0, "median": 50.0, "p95": 95.0, "max": 100.0}
+    assert found["success_rate"] == 1
+
+
+def test_a_worker_has_a_fixed_seed_of_hashes_and_this_process_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts follow the order of sets."""
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    with Worker(os.getenv, gc.collect, time_limit=60.0) as worker:
+        assert worker("PYTHONHASHSEED") == ("0", "ok")
+        assert os.environ["PYTHONHASHSEED"] == "7"

@@ -62,6 +62,8 @@ def test_index_and_manifest(tokens: Path, encoder_folder: Path) -> None:
     assert manifest["text_rate"] == pytest.approx(4 / 6)
     assert manifest["share_truncated"] == pytest.approx(sum(n > 8 for n in full) / 6)
     assert manifest["n_tokens_full_mean"] == pytest.approx(np.mean(full))
+    assert manifest["n_tokens_full_std"] == pytest.approx(np.std(full))
+    assert manifest["n_tokens"] == sum(min(n, 8) for n in full) == len(packed.token_ids)
     assert manifest["encoder"]["revision"] == "r1"
 
 
