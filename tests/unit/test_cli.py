@@ -26,8 +26,8 @@ def test_every_rule_calls_the_verb_of_its_name(root: Path):
     for file in (root / "workflow" / "rules").glob("*.smk"):
         name = None
         for line in file.read_text().splitlines():
-            if line.startswith("rule "):
-                name = line.removeprefix("rule ").rstrip(":")
+            if line.strip().startswith("rule "):
+                name = line.strip().removeprefix("rule ").rstrip(":")
             if "python -m castbench" in line:
                 rules[name] = line.split("castbench ")[1].split()[0].strip('"')
     assert set(rules) == set(cli.VERBS) - {
