@@ -129,7 +129,8 @@ def configure_logging(file: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb. Returns 0, or 2 when the input is bad: then one line on standard error says why."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m castbench", description=__doc__)
+    told = f"Verbs: {', '.join(VERBS)}. What one takes: python -m castbench VERB --help"
+    parser = argparse.ArgumentParser(prog="python -m castbench", description=__doc__, epilog=told)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen = next((word for word in arguments if word in VERBS), None)
     if chosen not in ONLINE:  # read by the Hub's client when it is imported

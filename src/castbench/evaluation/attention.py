@@ -18,7 +18,7 @@ from torch import Tensor
 
 from castbench.cards import choose_device
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import read_errors, read_run
+from castbench.evaluation.records import read_errors, read_run
 from castbench.evaluation.trained import load_run
 from castbench.labels import MODELS as LABELLED
 from castbench.materials.splits import PARTS, load_split

@@ -11,13 +11,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from castbench.evaluation.aggregate import (
-    ordered_composition_models,
-    read_edm_report,
-    read_json,
-    read_run,
-    write_csv,
-)
 from castbench.evaluation.classification import (
     calibration,
     choose_threshold,
@@ -25,6 +18,13 @@ from castbench.evaluation.classification import (
     ranking_scores,
 )
 from castbench.evaluation.metrics import scores
+from castbench.evaluation.records import (
+    ordered_composition_models,
+    read_edm_report,
+    read_json,
+    read_run,
+    write_csv,
+)
 from castbench.evaluation.statistics import mean_interval
 from castbench.labels import TARGETS
 from castbench.provenance import atomic_path

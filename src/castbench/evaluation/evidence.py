@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from castbench.evaluation.aggregate import write_csv
+from castbench.evaluation.records import write_csv
 from castbench.evaluation.statistics import mean_interval
 from castbench.labels import TARGETS
 

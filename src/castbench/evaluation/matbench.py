@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn import metrics
 
-from castbench.evaluation.aggregate import RESOURCES, ordered_models, read_json, read_run, write_csv
+from castbench.evaluation.records import RESOURCES, ordered_models, read_json, read_run, write_csv
 from castbench.labels import FOLDS, MATBENCH, MODELS, fold_name
 from castbench.provenance import atomic_path, code_version, package_versions, sha256_json
 

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import torch
 
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.new_crystals import (
     make_caches,
     make_states,
@@ -20,7 +19,8 @@ from castbench.evaluation.new_crystals import (
     run_encoder,
     write_materials,
 )
-from castbench.evaluation.trained import load_run, read_config, results_of
+from castbench.evaluation.records import read_run
+from castbench.evaluation.trained import Ensemble, load_run, read_config, results_of
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.structures import RecordError
 from castbench.models import COMPOSITION_REGISTRY
@@ -140,7 +140,6 @@ def predict_formulas(runs: list[Path], given: list[Path]) -> tuple[pd.DataFrame,
         InputError: the model keeps no weights.
     """
     from castbench.compositions.formulas import encode_formulas  # element tables: only formulas need them
-    from castbench.compositions.screen import Ensemble
 
     record, config = read_run(runs[0]), read_config(runs[0])
     if record["model"] not in COMPOSITION_REGISTRY:

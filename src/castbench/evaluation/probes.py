@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from castbench.cards import choose_device
-from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import check_tokens, read_texts
+from castbench.evaluation.records import read_run
 from castbench.evaluation.trained import load_run, read_config
 from castbench.labels import TARGETS
 from castbench.materials.splits import load_split

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castbench.models.heads import has_kernels, product_type
+from castbench.models.attention import has_kernels
+from castbench.models.heads import product_type
 
 PROJECTIONS = ("query", "key", "value")
 

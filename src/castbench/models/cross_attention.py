@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from castbench import kernels
 from castbench.errors import InputError
+from castbench.models.attention import attend, has_kernels
 from castbench.models.base import Network, Outcome
 from castbench.models.batch import Batch, Block, Sizes, gather_block, pad, rows_of, unpad
 from castbench.models.elements import N_ELEMENTS
-from castbench.models.heads import Exact, Regression, attend, dense, has_kernels, product_type
+from castbench.models.heads import Exact, Regression, dense, product_type
 from castbench.models.streams import beside
 from castbench.models.structure import build_structure_encoder
 from castbench.models.text import TextEncoder

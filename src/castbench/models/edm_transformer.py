@@ -23,8 +23,9 @@ from castbench.compositions.descriptors import (
     frequencies,
 )
 from castbench.errors import InputError
+from castbench.models.attention import attend
 from castbench.models.composition import CompositionBatch, CompositionNetwork, TargetHeads
-from castbench.models.heads import attend, dense
+from castbench.models.heads import dense
 
 
 class Descriptor(nn.Module):

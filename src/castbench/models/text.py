@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from castbench.errors import InputError
+from castbench.models.attention import KERNEL_WIDTH
 from castbench.models.base import Network
 from castbench.models.batch import ABSENT, Batch, Texts, different_texts, pad, rows_of, unpad
-from castbench.models.heads import KERNEL_WIDTH, Regression
+from castbench.models.heads import Regression
 from castbench.text import read_encoder
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file
 
-from castbench.evaluation.aggregate import read_json
 from castbench.evaluation.evidence import CHANGES, ORDERS
+from castbench.evaluation.records import read_json
 from castbench.evaluation.statistics import FEWEST
 from castbench.labels import MODELS
 from castbench.report.figures import INK, MUTED, drawing, empty, legend_below, model_legend, panels

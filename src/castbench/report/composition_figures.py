@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from castbench import config
 from castbench.compositions.targets import threshold_text
-from castbench.evaluation.aggregate import ordered_composition_models, read_edm_report, read_json
+from castbench.evaluation.records import ordered_composition_models, read_edm_report, read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
 from castbench.materials.splits import PARTS
 from castbench.report.figures import INK, MUTED, RULE, drawing, empty, legend_below, panels

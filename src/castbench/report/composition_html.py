@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from castbench.config import composition_summary
-from castbench.evaluation.aggregate import read_json
+from castbench.evaluation.records import read_json
 from castbench.labels import CLASS_TARGETS, COMPOSITION_MODELS, TARGETS
 from castbench.report import tables
 from castbench.report.composition_figures import POOLS, label, stability_rule

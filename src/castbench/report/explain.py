@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import torch
 
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import attention, node_names
 from castbench.evaluation.new_crystals import make_caches, run_encoder
 from castbench.evaluation.probes import Row, Subject, parts_of
+from castbench.evaluation.records import read_run
 from castbench.evaluation.trained import results_of
 from castbench.labels import MODELS, TARGETS
 from castbench.materials.records import Material, read_material, to_table

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from castbench.evaluation.aggregate import RESOURCES, ordered_models, ordered_targets, read_errors, read_json
+from castbench.evaluation.records import RESOURCES, ordered_models, ordered_targets, read_errors, read_json
 from castbench.evaluation.statistics import (
     CRYSTAL_SYSTEMS,
     mean_baseline,

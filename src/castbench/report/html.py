@@ -15,14 +15,8 @@ import yaml
 
 from castbench import config as meaning
 from castbench.deviations import deviations
-from castbench.evaluation.aggregate import (
-    RESOURCES,
-    is_paper_setting,
-    ordered_models,
-    ordered_targets,
-    read_json,
-    table1_cells,
-)
+from castbench.evaluation.aggregate import is_paper_setting, table1_cells
+from castbench.evaluation.records import RESOURCES, ordered_models, ordered_targets, read_json
 from castbench.labels import MODELS, TARGETS
 from castbench.provenance import atomic_path
 from castbench.report import tables

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from castbench.evaluation.aggregate import read_json
+from castbench.evaluation.records import read_json
 from castbench.labels import MATBENCH, MODELS
 from castbench.report import tables
 from castbench.report.html import provenance, write_page

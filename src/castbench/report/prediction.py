@@ -20,7 +20,7 @@ import yaml
 
 from castbench import config as meaning
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import RESOURCES
+from castbench.evaluation.records import RESOURCES
 from castbench.evaluation.statistics import read_split
 from castbench.provenance import write_json
 from castbench.report.rates import Rates, crystal_sizes, mean_size, measure, read_shape

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from castbench.errors import InputError
-from castbench.evaluation.aggregate import read_json
+from castbench.evaluation.records import read_json
 from castbench.evaluation.statistics import read_split
 from castbench.report.work import CrystalSize, EncoderShape, embedding_work, step_work
 from castbench.text import find_encoder

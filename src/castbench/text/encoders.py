@@ -18,8 +18,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.logging import disable_progress_bar
 
 from castbench.errors import InputError
+from castbench.models.attention import attend, attend_packed
 from castbench.models.bert import is_fused, run_fused
-from castbench.models.heads import attend, attend_packed
 from castbench.provenance import sha256_file, sha256_json, write_json
 from castbench.text import ENCODERS, FILES, WEIGHTS, Encoder, how_to_fetch, parse_encoder, read_encoder
 from castbench.text.tokenizer import load_tokenizer

@@ -7,17 +7,8 @@ import pytest
 import yaml
 
 from castbench import config, labels
-from castbench.evaluation.aggregate import (
-    COMPARISONS,
-    RESOURCES,
-    WORKFLOW,
-    aggregate_runs,
-    compared_pairs,
-    is_paper_setting,
-    read_errors,
-    read_json,
-    write_csv,
-)
+from castbench.evaluation.aggregate import COMPARISONS, aggregate_runs, compared_pairs, is_paper_setting
+from castbench.evaluation.records import RESOURCES, WORKFLOW, read_errors, read_json, write_csv
 from castbench.provenance import write_json
 from castbench.report.html import comparison_rows
 from synthetic_results import SETTINGS, write_results

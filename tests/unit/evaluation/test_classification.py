@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from castbench.evaluation.aggregate import read_edm_report
 from castbench.evaluation.classification import (
     average_precision,
     calibration,
@@ -12,6 +11,7 @@ from castbench.evaluation.classification import (
     ranking_scores,
 )
 from castbench.evaluation.compositions import report_row
+from castbench.evaluation.records import read_edm_report
 
 TRUTH = np.array([0, 0, 0, 1, 1, 0, 1, 0.0])
 PROBABILITY = np.array([0.1, 0.2, 0.6, 0.7, 0.4, 0.3, 0.9, 0.05])

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 
-from castbench.evaluation.aggregate import read_run
 from castbench.evaluation.attention import BY_MATERIAL
 from castbench.evaluation.evidence import tabulate_evidence
 from castbench.evaluation.probes import (
@@ -18,6 +17,7 @@ from castbench.evaluation.probes import (
     shuffle_sentences,
     spearman,
 )
+from castbench.evaluation.records import read_run
 from castbench.evaluation.text_attention import extract_text_attention
 from castbench.provenance import write_json
 from castbench.text.reading import LABELS, SPECIAL, Reader

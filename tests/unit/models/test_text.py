@@ -7,7 +7,7 @@ from torch._dynamo import testing
 from torch.nn.attention import varlen
 
 from castbench.errors import InputError
-from castbench.models import bert, heads
+from castbench.models import attention, bert
 from castbench.models.batch import different_texts, pad
 from castbench.models.text import TextEncoder, TextOnly
 from castbench.text import encoders
@@ -160,10 +160,10 @@ def reference_varlen(q, k, v, q_offsets, k_offsets, most_q, most_k):
 @pytest.mark.parametrize("flash", [False, True])
 def test_packed_texts_give_the_states_and_gradients_of_padded_ones(tuned, crystals, monkeypatch, flash):
     if flash:  # the way of a GPU
-        monkeypatch.setattr(heads, "has_variable_length", lambda q: True)
+        monkeypatch.setattr(attention, "has_variable_length", lambda q: True)
         monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     away_from_start(tuned)
-    monkeypatch.setattr(heads, "GROUP", 2)
+    monkeypatch.setattr(attention, "GROUP", 2)
     batch = cached(tuned, crystals)
     plain = with_gradients(tuned, padded(tuned, batch))
     for ours, theirs in zip(with_gradients(tuned, tuned(batch)), plain, strict=True):
