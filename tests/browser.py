@@ -1,6 +1,5 @@
 """A headless Chromium driven over the DevTools protocol through two pipes: no driver, no port, no package."""
 
-import base64
 import fcntl
 import json
 import os
@@ -141,12 +140,3 @@ class Page:
         """Click at a place of the window."""
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def screenshot(self, file: Path, selector: str | None = None) -> None:
-        """Write a PNG of the window, or of an element."""
-        options: dict[str, Any] = {"captureBeyondViewport": True}
-        if selector:
-            box = f"document.querySelector({selector!r}).getBoundingClientRect()"
-            place = self.run(f"(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])({box})")
-            options["clip"] = dict(zip(("x", "y", "width", "height"), place, strict=True)) | {"scale": 1}
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **options)["data"]))
