@@ -90,6 +90,7 @@ def test_one_node_is_one_task_in_a_job_of_slurm_too(monkeypatch):
 
 def test_a_job_with_too_few_cores_for_its_processes_is_warned(monkeypatch, caplog):
     monkeypatch.setattr(session, "make_fabric", lambda *_, **__: Fabric(accelerator="cpu"))
+    monkeypatch.setenv(session.FIRST, str(os.getpid()))  # so that no job of another test inherits it
     settings = {"threads": 1, "device": "cpu", "precision": "32-true"}
     open_session(settings, 1)
     assert "it will be slow" not in caplog.text
