@@ -148,8 +148,8 @@ def test_processes_of_two_nodes_that_srun_started_train_together(data, tmp_path)
 
 def test_a_process_ends_with_the_one_that_started_it():
     """Else it would wait for it at the rendezvous for half an hour."""
-    child = "import os, time; from castbench.training.session import end_with; print('up', flush=True); "
-    child += "end_with(os.getppid()); time.sleep(20); print('late')"
+    child = "import os, time; from castbench.training.session import end_with; first = os.getppid(); "
+    child += "print('up', flush=True); end_with(first); time.sleep(20); print('late')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     first = subprocess.Popen(
