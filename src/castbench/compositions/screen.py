@@ -20,7 +20,7 @@ from castbench.compositions.descriptors import embedded_elements
 from castbench.compositions.enumerate import STEPS, Candidates, enumerate_candidates, known_elements
 from castbench.errors import InputError
 from castbench.evaluation.classification import roc_auc
-from castbench.evaluation.trained import Ensemble
+from castbench.evaluation.ensemble import Ensemble
 from castbench.materials.splits import PARTS, load_split
 from castbench.provenance import atomic_path, write_json
 from castbench.training.session import ONE_DEVICE, open_session

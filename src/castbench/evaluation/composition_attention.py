@@ -12,7 +12,7 @@ from pymatgen.core import Element
 from castbench.compositions.descriptors import N_FEATURES, descriptor_matrix
 from castbench.compositions.formulas import encode_formulas
 from castbench.errors import InputError
-from castbench.evaluation.trained import Ensemble
+from castbench.evaluation.ensemble import Ensemble
 from castbench.materials.structures import RecordError
 from castbench.models.composition import CompositionBatch
 from castbench.models.edm_transformer import EDMTransformer

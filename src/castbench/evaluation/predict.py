@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from castbench.errors import InputError
+from castbench.evaluation.ensemble import Ensemble
 from castbench.evaluation.new_crystals import (
     make_caches,
     make_states,
@@ -20,7 +21,7 @@ from castbench.evaluation.new_crystals import (
     write_materials,
 )
 from castbench.evaluation.records import read_run
-from castbench.evaluation.trained import Ensemble, load_run, read_config, results_of
+from castbench.evaluation.trained import load_run, read_config, results_of
 from castbench.labels import CLASS_TARGETS, TARGETS
 from castbench.materials.structures import RecordError
 from castbench.models import COMPOSITION_REGISTRY

@@ -115,9 +115,9 @@ def test_folder_and_archive_of_cifs_give_the_same_records(tmp_path, salt_cif):
     archive = tmp_path / "crystals.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "crystals")
-    expected = {name: {"material_id": name, "cif": salt_cif} for name in "abcd"}
+    expected = {name: {"material_id": name, "cif": salt_cif} for name in "abdc"}
     expected["d"] |= {"file": "d.cif.gz", "band_gap": "2"}
-    assert {record["material_id"]: record for _, record in read_records(folder)} == expected
+    assert [record for _, record in read_records(folder)] == list(expected.values())
     assert {record["material_id"]: record for _, record in read_records(archive)} == expected
 
 
